@@ -1,0 +1,222 @@
+// Backpropagation through time, once for all cells.
+//   per step, last to first, and phase: product of later deltas with the recurrent weights, the cell's vjp on the
+//   registers that hold it, delta = dL/d(net input) stored for every step;
+//   then each parameter gradient and dx is one product over all steps.
+// Threads split the loop as in forward.h; the products after it are split by rows of their result.
+#pragma once
+#include "forward.h"
+#include "gradients.h"
+
+namespace rnn_ext::RNN_EXT_TARGET {
+
+template <class real, class Cell, int phase>
+RNN_EXT_NOINLINE void finish_backward(const BackwardView<real>& view, long first, int rows, long panel, long units,
+                                      const real* products) {
+  for (int i = 0; i < rows; i++)
+    for_units<real, PlainPanel>(panel, units, [&](int b, long block, int lanes) __attribute__((always_inline)) {
+      const Vec<real> product = products ? load(products + (i * 2 + b) * kLanes<real>) : Vec<real>{};
+      Cell::template backward<phase>(view, first + i, block, lanes, product);
+    });
+}
+
+template <class real, class Cell>
+class Backward {
+  static constexpr int lanes = kLanes<real>, width = ColumnPanels<real>::width;
+  static constexpr bool projected = Cell::phases == 2 && Cell::has_cell_state;
+
+ public:
+  explicit Backward(const BackwardArgs<real>& args)
+      : a_(args),
+        hidden_(args.sizes.hidden),
+        output_(args.sizes.output),
+        gates_width_(panels_of<real, typename Cell::Gates>(hidden_) * Cell::Gates::vectors * lanes),
+        delta_width_(Cell::deltas * hidden_ + kPadding) {}
+
+  void run() {
+    input_ = {Cell::gates * hidden_, a_.sizes.input, nullptr};
+    first_ = {Cell::recurrent_gates * hidden_, output_, nullptr};
+    second_ = {projected ? output_ : hidden_, hidden_, nullptr};
+    Arena sizes;
+    lay_out(sizes);
+    Scratch scratch(sizes.used());
+    Arena arena(scratch.data());
+    lay_out(arena);
+    const long states = a_.steps.batch * output_;
+    for (long i = 0; i < states; i++) carry_[i] = a_.d_hn ? a_.d_hn[i] : real(0);
+    run_team(a_.plan.threads, [this](const Member& m) { work(m); });
+  }
+
+ private:
+  // Rows of delta are this much longer than they need be: rows a power of two apart share cache sets.
+  static constexpr long kPadding = 16;
+
+  void lay_out(Arena& arena) {
+    const long rows = a_.steps.total();
+    first_.packed = arena.take<real>(ColumnPanels<real>::size(first_.depth, first_.columns));
+    if constexpr (Cell::phases == 2)
+      second_.packed = arena.take<real>(ColumnPanels<real>::size(second_.depth, second_.columns));
+    if (a_.dx) input_.packed = arena.take<real>(ColumnPanels<real>::size(input_.depth, input_.columns));
+    delta_ = arena.take<real>(rows * delta_width_);
+    if constexpr (projected) dh_ = arena.take<real>(rows * output_);
+    carry_ = arena.take<real>(a_.steps.batch * output_);
+    if (a_.dw_hh) previous_ = arena.take<const real*>(rows);
+    scratch_ = arena.take<real>(a_.plan.threads * WeightGradient<real>::scratch());
+  }
+
+  void work(const Member& member) const {
+    const Share share{member, member.count == 1 ? Split::kNone : a_.plan.split, a_.steps.batch};
+    pack(first_, member, a_.weights.hh);
+    if constexpr (Cell::phases == 2)
+      pack(second_, member, projected ? a_.weights.hr : a_.weights.hh + Cell::recurrent_gates * hidden_ * output_);
+    if (a_.dx) pack(input_, member, a_.weights.ih);
+    if (a_.dw_hh) find_previous(member);
+    member.wait();
+    for (long i = a_.steps.count - 1; i >= 0; i--) step(share, a_.steps.at(i));
+    starts(share, a_.steps.at(0), 0);
+    member.wait();
+    parameters(member);
+    if (a_.dx) {
+      Segment segments[2];
+      const int count = Cell::input_segments(hidden_, segments);
+      const long rows = a_.steps.total();
+      input_gradient(segments, count, input_, member.begin(rows), member.end(rows), delta_, delta_width_, a_.dx);
+    }
+  }
+
+  static void pack(const ColumnPanels<real>& panels, const Member& m, const real* matrix) {
+    panels.pack(m.begin(panels.count()), m.end(panels.count()), matrix, panels.depth, 0);
+  }
+
+  // previous_[row]: the hidden state that this row's step started from
+  void find_previous(const Member& m) const {
+    for (long t = m.begin(a_.steps.count); t < m.end(a_.steps.count); t++) {
+      const long carried = a_.steps.carried(t);
+      for (long r = 0; r < a_.steps.rows(t); r++)
+        previous_[a_.steps.begin(t) + r] =
+            r < carried ? a_.out + (a_.steps.begin(a_.steps.previous(t)) + r) * output_ : a_.h0 + r * output_;
+    }
+  }
+
+  void step(const Share& share, long t) const {
+    const long rows = a_.steps.rows(t), continuing = a_.steps.continuing(t), at = a_.steps.begin(t);
+    const long carried = a_.steps.carried(t);
+    const long before = carried ? a_.steps.begin(a_.steps.previous(t)) : 0;
+    BackwardView<real> v{};
+    v.hidden = hidden_;
+    v.output = output_;
+    v.gates_width = gates_width_;
+    v.delta_width = delta_width_;
+    v.gates = a_.gates + (Cell::keeps_gates ? at * gates_width_ : 0);
+    v.h = a_.out + at * output_;
+    v.c = a_.c + (Cell::has_cell_state ? at * hidden_ : 0);
+    v.middle = a_.middle + (Cell::keeps_middle ? at * hidden_ : 0);
+    v.d_out = a_.d_out ? a_.d_out + at * output_ : nullptr;
+    v.d_c = a_.d_c ? a_.d_c + at * hidden_ : nullptr;
+    v.delta = delta_ + at * delta_width_;
+    v.dh = dh_ + (projected ? at * output_ : 0);
+    v.carry = carry_;
+    v.dc = a_.dc;
+
+    const long later = continuing ? a_.steps.begin(a_.steps.next(t)) : 0;
+    const long r0 = share.row_begin(), r1 = share.row_end(rows);
+    // A sequence has a previous step or not, and a next step or not: at most three ranges of rows.
+    const long low = continuing < carried ? continuing : carried, high = continuing < carried ? carried : continuing;
+    const long cuts[] = {0, low, high, rows};
+    for (int phase = 0; phase < Cell::phases; phase++) {
+      for (int i = 0; i < 3; i++) {
+        const long begin = cuts[i] > r0 ? cuts[i] : r0, end = cuts[i + 1] < r1 ? cuts[i + 1] : r1;
+        if (begin >= end) continue;
+        v.h_prev = begin < carried ? a_.out + before * output_ : a_.h0;
+        v.c_prev = begin < carried ? a_.c + before * hidden_ : a_.c0;
+        const bool has_next = begin < continuing;
+        v.add_carry = Cell::carries || !has_next;
+        if (phase == 0)
+          run_phase<0>(first_, share, v, has_next ? delta_ + later * delta_width_ : nullptr, delta_width_, begin, end);
+        else if constexpr (projected)
+          run_phase<1>(second_, share, v, v.dh, output_, begin, end);
+        else if constexpr (Cell::phases == 2)
+          run_phase<1>(second_, share, v, v.delta + 2 * hidden_, delta_width_, begin, end);
+      }
+      if (phase == 0 && a_.steps.exists(a_.steps.next(t))) starts(share, a_.steps.next(t), continuing);
+      share.wait();
+    }
+  }
+
+  // dh0 of the sequences from row `first` on, which start at step t
+  void starts(const Share& share, long t, long first) const {
+    const long r0 = share.row_begin() > first ? share.row_begin() : first, r1 = share.row_end(a_.steps.rows(t));
+    if (r0 >= r1) return;
+    const real* operand = delta_ + a_.steps.begin(t) * delta_width_;
+    alignas(64) real products[kTileRows<2> * width];
+    const long p1 = share.panel_end(first_.count());
+    for (long p = share.panel_begin(first_.count()); p < p1; p++)
+      for_row_blocks(r0, r1, kTileRows<2>, [&](long row, int count) {
+        tile_long<real, 2>(count, first_.depth, operand + row * delta_width_, delta_width_, 1, first_.panel(p),
+                           products, width, false);
+        for (int i = 0; i < count; i++)
+          for_units<real, PlainPanel>(p, output_, [&](int b, long block, int n) {
+            const long at = (row + i) * output_ + block * lanes;
+            Vec<real> dh0 = load(products + (i * 2 + b) * lanes);
+            if (Cell::carries) dh0 += load(carry_ + at, n);
+            store(a_.dh0 + at, dh0, n);
+          });
+      });
+  }
+
+  template <int phase>
+  void run_phase(const ColumnPanels<real>& panels, const Share& share, const BackwardView<real>& view,
+                 const real* operand, long operand_width, long r0, long r1) const {
+    alignas(64) real products[kTileRows<2> * width];
+    const long p1 = share.panel_end(panels.count());
+    for (long p = share.panel_begin(panels.count()); p < p1; p++)
+      for_row_blocks(r0, r1, kTileRows<2>, [&](long first, int count) {
+        if (operand)
+          tile_long<real, 2>(count, panels.depth, operand + first * operand_width, operand_width, 1, panels.panel(p),
+                             products, width, false);
+        finish_backward<real, Cell, phase>(view, first, count, p, panels.columns, operand ? products : nullptr);
+      });
+  }
+
+  void parameters(const Member& m) const {
+    const long rows = a_.steps.total();
+    const long input = a_.sizes.input;
+    real* scratch = scratch_ + m.id * WeightGradient<real>::scratch();
+    Segment segments[2];
+    const int inputs = Cell::input_segments(hidden_, segments);
+    for (int s = 0; s < inputs; s++) {
+      const long begin = m.begin(segments[s].count), end = m.end(segments[s].count);
+      if (a_.dw_ih)
+        WeightGradient<real>::run(segments[s], begin, end, delta_, delta_width_, {a_.x, input, nullptr}, rows, input,
+                                  a_.dw_ih, scratch);
+      if (a_.db_ih) bias_gradient(segments[s], begin, end, delta_, delta_width_, rows, a_.db_ih);
+    }
+    const int recurrents = Cell::recurrent_segments(hidden_, segments);
+    for (int s = 0; s < recurrents; s++) {
+      const long begin = m.begin(segments[s].count), end = m.end(segments[s].count);
+      if (a_.dw_hh)
+        WeightGradient<real>::run(segments[s], begin, end, delta_, delta_width_, {nullptr, 0, previous_}, rows, output_,
+                                  a_.dw_hh, scratch);
+      if (a_.db_hh) bias_gradient(segments[s], begin, end, delta_, delta_width_, rows, a_.db_hh);
+    }
+    const long h0 = m.begin(hidden_), h1 = m.end(hidden_);
+    if constexpr (Cell::phases == 2 && !projected) {
+      const Segment second{2 * hidden_, 2 * hidden_, hidden_};
+      if (a_.dw_hh)
+        WeightGradient<real>::run(second, h0, h1, delta_, delta_width_, {a_.middle, hidden_, nullptr}, rows, hidden_,
+                                  a_.dw_hh, scratch);
+      if (a_.db_hh) bias_gradient(second, h0, h1, delta_, delta_width_, rows, a_.db_hh);
+    }
+    if constexpr (projected)
+      if (a_.dw_hr)
+        WeightGradient<real>::run({0, 0, output_}, m.begin(output_), m.end(output_), dh_, output_,
+                                  {a_.middle, hidden_, nullptr}, rows, hidden_, a_.dw_hr, scratch);
+  }
+
+  const BackwardArgs<real>& a_;
+  const long hidden_, output_, gates_width_, delta_width_;
+  ColumnPanels<real> input_{}, first_{}, second_{};
+  real *delta_ = nullptr, *dh_ = nullptr, *carry_ = nullptr, *scratch_ = nullptr;
+  const real** previous_ = nullptr;
+};
+
+}  // namespace rnn_ext::RNN_EXT_TARGET

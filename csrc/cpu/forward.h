@@ -1,0 +1,219 @@
+// The forward time loop, once for all cells.
+//   per chunk of steps: gates = x W of the chunk (one product, kept in cache);
+//   per step and phase: product with the recurrent weights, gate maths on the registers that hold it.
+// Threads own rows (no waiting) or hidden units (a barrier after each phase).
+#pragma once
+#include "cell_steps.h"
+
+namespace rnn_ext::RNN_EXT_TARGET {
+
+// Rows of gates that one chunk of the input projection covers: they are used while they are in the cache.
+constexpr long kProjectionRows = 240;
+
+// What part of a step's rows and of a product's panels belongs to a member of the team.
+struct Share {
+  Member member;
+  Split split;
+  long batch;
+
+  RNN_EXT_INLINE long row_begin() const { return split == Split::kRows ? member.begin(batch) : 0; }
+  RNN_EXT_INLINE long row_end(long rows) const {
+    const long end = split == Split::kRows ? member.end(batch) : rows;
+    return end < rows ? end : rows;
+  }
+  RNN_EXT_INLINE long panel_begin(long panels) const { return split == Split::kColumns ? member.begin(panels) : 0; }
+  RNN_EXT_INLINE long panel_end(long panels) const { return split == Split::kColumns ? member.end(panels) : panels; }
+  RNN_EXT_INLINE void wait() const {
+    if (split == Split::kColumns) member.wait();
+  }
+};
+
+template <class real, class Shape, class Body>
+RNN_EXT_INLINE void for_units(long panel, long units, const Body& body) {
+  for (int b = 0; b < Shape::blocks; b++) {
+    const long block = panel * Shape::blocks + b, left = units - block * kLanes<real>;
+    if (left <= 0) return;
+    body(b, block, left < kLanes<real> ? int(left) : kLanes<real>);
+  }
+}
+
+// Reads: products [rows][Shape::vectors * kLanes]. Writes: what Cell::forward<phase> writes. One thread.
+template <class real, class Cell, class Shape, int phase, bool save>
+RNN_EXT_NOINLINE void finish_forward(const ForwardView<real>& view, long first, int rows, long panel, long units,
+                                     const real* products) {
+  constexpr int stride = Shape::vectors * kLanes<real>;
+  for (int i = 0; i < rows; i++)
+    for_units<real, Shape>(panel, units, [&](int b, long block, int lanes) __attribute__((always_inline)) {
+      Vec<real> product[Shape::gates];
+      RNN_EXT_UNROLL
+      for (int g = 0; g < Shape::gates; g++)
+        product[g] = load(products + i * stride + (b * Shape::gates + g) * kLanes<real>);
+      Cell::template forward<phase, save>(view, first + i, block, lanes, product);
+    });
+}
+
+template <class real, class Cell, bool save>
+class Forward {
+  using First = typename Cell::First;
+  using Gates = typename Cell::Gates;
+  static constexpr int lanes = kLanes<real>;
+
+ public:
+  explicit Forward(const ForwardArgs<real>& args)
+      : a_(args),
+        hidden_(args.sizes.hidden),
+        output_(args.sizes.output),
+        width_(panels_of<real, Gates>(hidden_) * Gates::vectors * lanes) {}
+
+  void run() {
+    input_ = {a_.weights.ih, hidden_, a_.sizes.input, nullptr};
+    first_ = {a_.weights.hh, hidden_, output_, nullptr};
+    if constexpr (Cell::has_cell_state)
+      second_ = {a_.weights.hr, output_, hidden_, nullptr};
+    else
+      second_ = {a_.weights.hh + Cell::recurrent_gates * hidden_ * output_, hidden_, hidden_, nullptr};
+    keep_all_gates_ = save && Cell::keeps_gates;
+
+    Arena sizes;
+    lay_out(sizes);
+    Scratch scratch(sizes.used());
+    Arena arena(scratch.data());
+    lay_out(arena);
+    pack_bias();
+    run_team(a_.plan.threads, [this](const Member& m) { work(m); });
+  }
+
+ private:
+  void lay_out(Arena& arena) {
+    bias_ = arena.take<real>(width_);
+    hidden_bias_ = arena.take<real>(blocks_of<real>(hidden_) * lanes);
+    if (a_.plan.pack) {
+      input_.packed = arena.take<real>(Panels<real, Gates>::size(hidden_, a_.sizes.input));
+      first_.packed = arena.take<real>(Panels<real, First>::size(hidden_, output_));
+      if constexpr (Cell::phases == 2)
+        second_.packed = arena.take<real>(Panels<real, PlainPanel>::size(second_.units, hidden_));
+    }
+    gates_ = keep_all_gates_ ? a_.gates : arena.take<real>(chunk_rows() * width_);
+    middle_ = save || !Cell::keeps_middle ? a_.middle : arena.take<real>(a_.steps.batch * hidden_);
+  }
+
+  long chunk_steps() const {
+    const long steps = kProjectionRows / (a_.steps.batch ? a_.steps.batch : 1);
+    return steps < 1 ? 1 : steps > a_.steps.count ? a_.steps.count : steps;
+  }
+  long chunk_rows() const { return chunk_steps() * a_.steps.batch; }
+
+  // bias_: b_ih + b_hh in the order of the gates; a cell with split_bias keeps b_hh of its last gate apart.
+  void pack_bias() {
+    const Weights<real>& w = a_.weights;
+    for (long i = 0; i < width_; i++) bias_[i] = 0;
+    for (long i = 0; i < blocks_of<real>(hidden_) * lanes; i++) hidden_bias_[i] = 0;
+    if (!w.b_ih) return;
+    for (long u = 0; u < hidden_; u++)
+      for (int g = 0; g < Cell::gates; g++) {
+        const bool apart = Cell::split_bias && g == Cell::gates - 1;
+        const long row = g * hidden_ + u;
+        bias_[(u / lanes * Cell::gates + g) * lanes + u % lanes] = w.b_ih[row] + (apart ? real(0) : w.b_hh[row]);
+        if (apart) hidden_bias_[u] = w.b_hh[row];
+      }
+  }
+
+  template <class Shape>
+  static void pack(const Panels<real, Shape>& panels, const Member& m) {
+    panels.pack(m.begin(panels.count()), m.end(panels.count()));
+  }
+
+  void work(const Member& member) const {
+    const Share share{member, member.count == 1 ? Split::kNone : a_.plan.split, a_.steps.batch};
+    if (a_.plan.pack) {
+      pack(input_, member);
+      pack(first_, member);
+      if constexpr (Cell::phases == 2) pack(second_, member);
+      member.wait();
+    }
+    const long steps = chunk_steps();
+    for (long i = 0; i < a_.steps.count; i += steps) {
+      const long end = i + steps < a_.steps.count ? i + steps : a_.steps.count;
+      const long low = a_.steps.reverse ? a_.steps.at(end - 1) : a_.steps.at(i);
+      const long base = keep_all_gates_ ? 0 : a_.steps.begin(low);
+      project(share, low, low + (end - i), base);
+      for (long j = i; j < end; j++) step(share, a_.steps.at(j), base);
+    }
+  }
+
+  // gates = x W for the steps [low, high), this member's part
+  void project(const Share& share, long low, long high, long base) const {
+    const long p0 = share.panel_begin(input_.count()), p1 = share.panel_end(input_.count());
+    const auto rows = [&](long begin, long end) {
+      for (long m = begin; m < end; m += kProjectionRows) {
+        const long stop = m + kProjectionRows < end ? m + kProjectionRows : end;
+        for (long p = p0; p < p1; p++)
+          for_row_blocks(m, stop, kTileRows<Gates::vectors>, [&](long first, int count) {
+            input_.multiply(p, count, a_.x + first * a_.sizes.input, a_.sizes.input,
+                            gates_ + (first - base) * width_ + p * Gates::vectors * lanes, width_, false);
+          });
+      }
+    };
+    if (share.split != Split::kRows) {
+      rows(a_.steps.begin(low), a_.steps.begin(high));
+    } else {
+      for (long t = low; t < high; t++)
+        rows(a_.steps.begin(t) + share.row_begin(), a_.steps.begin(t) + share.row_end(a_.steps.rows(t)));
+    }
+  }
+
+  void step(const Share& share, long t, long base) const {
+    const long rows = a_.steps.rows(t), carried = a_.steps.carried(t), at = a_.steps.begin(t);
+    const long before = carried ? a_.steps.begin(a_.steps.previous(t)) : 0;
+    ForwardView<real> v{};
+    v.hidden = hidden_;
+    v.output = output_;
+    v.gates_width = width_;
+    v.gates = gates_ + (at - base) * width_;
+    v.bias = bias_;
+    v.hidden_bias = hidden_bias_;
+    v.h = a_.out + at * output_;
+    v.middle = middle_ + (save && Cell::keeps_middle ? at * hidden_ : 0);
+    v.c = a_.c + (save && Cell::has_cell_state ? at * hidden_ : 0);
+    ForwardView<real> fresh = v;
+    v.h_prev = a_.out + before * output_;
+    v.c_prev = save ? a_.c + before * hidden_ : a_.c;
+    fresh.h_prev = a_.h0;
+    fresh.c_prev = save ? a_.c0 : a_.c;
+
+    const long r0 = share.row_begin(), r1 = share.row_end(rows);
+    const long middle = r0 > carried ? r0 : r1 < carried ? r1 : carried;
+    phase<0>(first_, share, v, v.h_prev, output_, r0, middle, hidden_);
+    phase<0>(first_, share, fresh, fresh.h_prev, output_, middle, r1, hidden_);
+    share.wait();
+    if constexpr (Cell::phases == 2) {
+      phase<1>(second_, share, v, v.middle, hidden_, r0, middle, second_.units);
+      phase<1>(second_, share, fresh, v.middle, hidden_, middle, r1, second_.units);
+      share.wait();
+    }
+  }
+
+  template <int phase_index, class Shape>
+  void phase(const Panels<real, Shape>& panels, const Share& share, const ForwardView<real>& view, const real* operand,
+             long operand_width, long r0, long r1, long units) const {
+    if (r0 >= r1) return;
+    alignas(64) real products[kTileRows<Shape::vectors> * Shape::vectors * lanes];
+    const long p1 = share.panel_end(panels.count());
+    for (long p = share.panel_begin(panels.count()); p < p1; p++)
+      for_row_blocks(r0, r1, kTileRows<Shape::vectors>, [&](long first, int count) {
+        panels.multiply(p, count, operand + first * operand_width, operand_width, products, Shape::vectors * lanes,
+                        false);
+        finish_forward<real, Cell, Shape, phase_index, save>(view, first, count, p, units, products);
+      });
+  }
+
+  const ForwardArgs<real>& a_;
+  const long hidden_, output_, width_;
+  bool keep_all_gates_ = false;
+  Panels<real, Gates> input_{};
+  Panels<real, First> first_{};
+  Panels<real, PlainPanel> second_{};
+  real *bias_ = nullptr, *hidden_bias_ = nullptr, *gates_ = nullptr, *middle_ = nullptr;
+};
+
+}  // namespace rnn_ext::RNN_EXT_TARGET

@@ -1,0 +1,38 @@
+#include "plan.h"
+
+namespace rnn_ext {
+namespace {
+// Starting a team costs about a microsecond and a barrier about 50 ns; a core does 50-250 flop a nanosecond.
+constexpr double kMinFlopsForTeam = 400e3;
+constexpr double kMinFlopsPerBarrier = 20e3;
+// A thread with fewer rows than this cannot fill its register tiles.
+constexpr long kMinRowsPerThread = 16;
+// Row split makes every thread read all weights each step: fine while they stay in its own second-level cache.
+constexpr long kMaxSharedWeightBytes = 1 << 20;
+// Below this many rows in all, copying the weights costs more than reading them where they are.
+constexpr long kMinRowsToPack = 8;
+constexpr long kUnitsPerColumn = 16;
+}  // namespace
+
+Plan choose_plan(const PlanShape& s) {
+  const double per_row = 2.0 * s.gates * s.hidden * (s.input + s.output);
+  const double flops = per_row * s.steps * s.batch;
+  const double flops_per_step = 2.0 * s.gates * s.hidden * s.output * s.batch;
+  const bool pack = s.steps * s.batch > kMinRowsToPack;
+  const long columns = (s.hidden + kUnitsPerColumn - 1) / kUnitsPerColumn;
+
+  if (s.max_threads <= 1) return {1, Split::kNone, pack, "one thread is all there is"};
+  if (flops < kMinFlopsForTeam) return {1, Split::kNone, pack, "too little work for a team of threads"};
+
+  const long row_threads = s.batch / kMinRowsPerThread;
+  const long weight_bytes = s.gates * s.hidden * s.output * s.real_bytes;
+  if (row_threads >= s.max_threads && weight_bytes <= kMaxSharedWeightBytes)
+    return {s.max_threads, Split::kRows, pack, "enough rows for every thread"};
+  if (columns >= s.max_threads && flops_per_step >= kMinFlopsPerBarrier)
+    return {s.max_threads, Split::kColumns, pack, "hidden units split, a barrier each step"};
+  if (s.batch >= 2 * s.max_threads)
+    return {s.max_threads, Split::kRows, pack, "too few hidden units to split, so rows are"};
+  return {1, Split::kNone, pack, "too little work in a step for a barrier"};
+}
+
+}  // namespace rnn_ext

@@ -1,0 +1,27 @@
+// How a layer is spread over threads: a pure function of its shape, so that it can be tested and printed.
+#pragma once
+
+namespace rnn_ext {
+
+enum class Split {
+  kNone,     // one thread
+  kRows,     // each thread has its own sequences and never waits for another
+  kColumns,  // each thread has its own hidden units; one barrier a product
+};
+
+struct PlanShape {
+  long steps, batch, input, hidden, output, gates;  // T, B, I, H, P, gates per unit
+  long real_bytes;
+  int max_threads;
+};
+
+struct Plan {
+  int threads;
+  Split split;
+  bool pack;           // weights are copied into panels first; not worth it for a handful of rows
+  const char* reason;  // one phrase, for explain()
+};
+
+Plan choose_plan(const PlanShape& shape);
+
+}  // namespace rnn_ext

@@ -1,0 +1,94 @@
+// What a layer's forward and backward pass read and write, as plain pointers: the border between torch's side
+// (csrc/ops) and the kernels. real is float or double. All matrices are row-major and contiguous.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "plan.h"
+
+namespace rnn_ext {
+
+enum class CellKind { kRnnTanh, kRnnRelu, kRnnSigmoid, kLstm, kGru, kGruResetBefore };
+
+// The time axis. Rows of step t are offsets[t] .. offsets[t + 1]; row r of a step belongs to sequence r, and the
+// number of rows never grows with t (the layout of a PackedSequence; a padded batch has B rows at every step).
+struct Steps {
+  long count, batch;      // T, B
+  const int64_t* offsets; // [T + 1]
+  bool reverse;           // time runs from T - 1 to 0
+
+  long at(long i) const { return reverse ? count - 1 - i : i; }  // the i-th step in running order
+  long begin(long t) const { return offsets[t]; }
+  long rows(long t) const { return offsets[t + 1] - offsets[t]; }
+  long total() const { return offsets[count]; }
+  long previous(long t) const { return reverse ? t + 1 : t - 1; }
+  long next(long t) const { return reverse ? t - 1 : t + 1; }
+  bool exists(long t) const { return t >= 0 && t < count; }
+  // How many rows of step t have a previous (next) step; the rest start from h0 (end at h_n).
+  long carried(long t) const { return shared(t, previous(t)); }
+  long continuing(long t) const { return shared(t, next(t)); }
+
+ private:
+  long shared(long t, long other) const {
+    if (!exists(other)) return 0;
+    return rows(other) < rows(t) ? rows(other) : rows(t);
+  }
+};
+
+struct Sizes {
+  long input, hidden, output;  // I, H, P (P = H without a projection)
+};
+
+template <class real>
+struct Weights {
+  const real* ih;    // [G*H, I]
+  const real* hh;    // [G*H, P]
+  const real* b_ih;  // [G*H] or null
+  const real* b_hh;  // [G*H] or null
+  const real* hr;    // [P, H] or null: the projection
+};
+
+template <class real>
+struct ForwardArgs {
+  Steps steps;
+  Sizes sizes;
+  Weights<real> weights;
+  const real* x;   // [N, I], N = steps.total()
+  const real* h0;  // [B, P]
+  const real* c0;  // [B, H], LSTM
+  real* out;       // [N, P]
+  real* c;         // LSTM: [N, H] when saving; otherwise [B, H], holding c0 on entry and c_n afterwards
+  real* gates;     // saving, cells with gates: [N, gates_width] activations in panel order; otherwise null
+  real* middle;    // saving: [N, H]: GRU's U_n h' + b_rn, reset-before GRU's r h', projected LSTM's o tanh(c)
+  bool save;       // keep what the backward pass needs
+  Plan plan;
+};
+
+template <class real>
+struct BackwardArgs {
+  Steps steps;
+  Sizes sizes;
+  Weights<real> weights;
+  const real *x, *h0, *c0, *out, *c, *gates, *middle;  // as in ForwardArgs, saved
+  const real* d_out;  // [N, P] or null (zero)
+  const real* d_hn;   // [B, P] or null
+  const real* d_c;    // [N, H] or null: gradient of every c_t
+  real* dc;           // LSTM: [B, H], dL/dc_n on entry, dL/dc0 afterwards
+  real* dh0;          // [B, P], always written
+  // null where the gradient was not asked for
+  real *dx, *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
+  Plan plan;
+};
+
+// Kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+  long (*gates_width)(CellKind, long hidden, size_t real_bytes);  // 0: the cell keeps no gates
+  void (*forward_float)(CellKind, const ForwardArgs<float>&);
+  void (*forward_double)(CellKind, const ForwardArgs<double>&);
+  void (*backward_float)(CellKind, const BackwardArgs<float>&);
+  void (*backward_double)(CellKind, const BackwardArgs<double>&);
+};
+
+}  // namespace rnn_ext

@@ -1,0 +1,38 @@
+// Working memory of one call. Small amounts are kept per calling thread from call to call, large ones are not.
+#pragma once
+#include <cstddef>
+
+namespace rnn_ext {
+
+// Hands out aligned pieces of one allocation. Lay the pieces out once without memory to learn the size, then again.
+class Arena {
+ public:
+  explicit Arena(char* base = nullptr) : base_(base) {}
+  template <class T>
+  T* take(size_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    return piece;
+  }
+  size_t used() const { return used_; }
+  static constexpr size_t kAlign = 64;
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);  // throws std::bad_alloc
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  char* data_;
+  bool owned_;
+};
+
+}  // namespace rnn_ext

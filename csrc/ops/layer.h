@@ -1,0 +1,55 @@
+// One layer, one direction, on CPU tensors: checks, allocation, choice of dtype, instruction set and plan.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+
+#include "../cpu/problem.h"
+
+namespace rnn_ext {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// What a layer is given; shapes as in rnn_ext/ops.py.
+struct LayerInputs {
+  std::string cell;
+  at::Tensor input, h0;
+  OptionalTensor c0;
+  at::Tensor w_ih, w_hh;
+  OptionalTensor b_ih, b_hh, w_hr;
+  OptionalTensor batch_sizes;
+  bool reverse;
+};
+
+// What the backward pass reads beside the inputs, in float or double. For bfloat16 that is wider than what the
+// caller sees, so that nothing is rounded between the passes.
+struct Saved {
+  at::Tensor states;             // every h_t, laid out like output; the output itself where its dtype is the same
+  OptionalTensor cells;          // every c_t (LSTM)
+  OptionalTensor gates, middle;  // private to the kernels of the instruction set `isa`
+  std::string isa;
+};
+
+struct LayerOutputs {
+  at::Tensor output, h_n;
+  OptionalTensor c_n;
+  Saved saved;  // filled when asked for
+};
+
+struct LayerGradients {
+  OptionalTensor d_output, d_h_n, d_c_n, d_cells;
+};
+
+constexpr int kLayerInputs = 8;  // input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr
+
+LayerOutputs layer_forward(const LayerInputs& in, bool save);
+std::array<OptionalTensor, kLayerInputs> layer_backward(const LayerInputs& in, const Saved& saved,
+                                                        const LayerGradients& d,
+                                                        const std::array<bool, kLayerInputs>& wanted);
+
+CellKind cell_kind(const std::string& name);
+int cell_gates(CellKind kind);
+
+}  // namespace rnn_ext

@@ -1,0 +1,215 @@
+"""What the examples share: options, text, devices, checkpoints that resume, Ctrl-C."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+class InputError(Exception):
+    """Something the user gave cannot work. The message is one sentence that says what to do."""
+
+
+def exit_code(main, arguments):
+    """Run main(arguments); an InputError becomes its sentence on stderr and exit code 2, without a traceback."""
+    sys.stdout.reconfigure(
+        errors="replace"
+    )  # a sample may hold characters that the terminal cannot show
+    try:
+        main(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """The options that every training example has; its errors are InputErrors."""
+
+    def __init__(self, description, hidden, batch):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter)
+        add, whole, real = self.add_argument, positive(int), positive(float)
+        add("--cell", choices=["rnn", "gru", "lstm"], default="lstm")
+        add("--layers", type=whole, default=1)
+        add("--hidden", type=whole, default=hidden, help="units in a layer")
+        add("--batch", type=whole, default=batch, help="sequences trained side by side")
+        add("--epochs", type=real, help="passes over the training data")
+        add("--steps", type=whole, help="training steps, instead of --epochs")
+        add("--lr", type=real, default=3e-3, help="learning rate")
+        add("--clip", type=real, default=1.0, help="largest norm of the gradient")
+        add("--seed", type=int, default=0)
+        add("--device", default="cpu")
+        add("--checkpoint", type=Path, help="default: runs/EXAMPLE/CELL.pt")
+        add("--plot", type=Path, help="default: runs/EXAMPLE/CELL.png")
+        add("--resume", action="store_true", help="go on from the checkpoint")
+        add("--no-compare", action="store_true", help="train rnn_ext only, not torch.nn")
+        add("--quick", action="store_true", help="a small model for a few seconds")
+
+    def parse(self, arguments, example, quick):
+        """Parse; --quick replaces the defaults by those in quick."""
+        if self.parse_args(arguments).quick:
+            self.set_defaults(**quick)
+        args = self.parse_args(arguments)
+        outputs = f"runs/{example}/{args.cell}{'-quick' * args.quick}"
+        args.checkpoint = args.checkpoint or Path(outputs + ".pt")
+        args.plot = args.plot or Path(outputs + ".png")
+        return args
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the options")
+
+
+def positive(kind, or_zero=False):
+    def parse(text):
+        value = kind(text)
+        if not (value > 0 or (or_zero and value == 0)):
+            raise ValueError
+        return value
+
+    parse.__name__ = (
+        f"{'non-negative' if or_zero else 'positive'} {kind.__name__}"  # argparse quotes it
+    )
+    return parse
+
+
+def read_text(path):
+    """Return (text, description) of a UTF-8 file, or of the Python language help when path is None."""
+    if path is None:
+        try:
+            from pydoc_data import topics
+        except ImportError:
+            raise InputError(
+                "this Python came without pydoc_data; give a text with --text FILE"
+            ) from None
+        return "\n".join(topics.topics.values()), "the Python language help (pydoc_data.topics)"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if not text:
+        raise InputError(f"{path} is empty; give a file with text in it")
+    return text, str(path)
+
+
+def encode(text, device):
+    """Return (vocabulary, codes): the sorted different characters, and text as indices into them."""
+    code_points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
+    different, codes = code_points.unique(return_inverse=True)
+    return "".join(map(chr, different.tolist())), codes.to(device)
+
+
+def usable_device(name):
+    try:
+        return torch.zeros(1, device=name).device
+    except (
+        Exception
+    ):  # a different type for an unknown name, a missing driver and an index out of range
+        raise InputError(f"device {name!r} cannot be used here; try --device cpu") from None
+
+
+def prepare_output(path):
+    """Create the folder of path, and make sure now rather than after the training that path can be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create the folder {path.parent}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: it is a folder, or lies in one that is read-only")
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file that then takes path's place: path is never half written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Checkpoint:
+    """Where a training is saved, and with args.resume, continued from.
+
+    kind names the example. settings are values of its own that must be the same when the training
+    goes on; the common options are added to them. Nothing is written here or by a failing resume.
+    """
+
+    SAME = ("cell", "layers", "hidden", "batch", "lr", "clip", "seed", "no_compare")
+
+    def __init__(self, args, kind, settings, learners):
+        self.path, self.kind, self.learners = args.checkpoint, kind, learners
+        self.settings = {name: getattr(args, name) for name in self.SAME} | settings
+        if args.resume:
+            self.resume(args.device)
+        for path in (args.checkpoint, args.plot):
+            prepare_output(path)
+
+    def save(self):
+        learners = {name: learner.state_dict() for name, learner in self.learners.items()}
+        contents = {"kind": self.kind, "settings": self.settings, "learners": learners}
+        contents["rng"] = torch.get_rng_state()
+        write_atomically(self.path, lambda file: torch.save(contents, file))
+
+    def resume(self, device):
+        """Put the learners where the file left them. No code in it is run (weights_only)."""
+        if not self.path.is_file():
+            raise InputError(f"there is no checkpoint {self.path}; train once without --resume")
+        damaged = InputError(f"{self.path} is damaged or no checkpoint; train without --resume")
+        try:
+            if zipfile.ZipFile(self.path).testzip():  # torch.load itself checks no checksum
+                raise damaged
+            contents = torch.load(self.path, map_location=device, weights_only=True)
+        except Exception:  # zipfile, pickle and torch between them raise nearly anything
+            raise damaged from None
+        if not isinstance(contents, dict) or contents.get("kind") != self.kind:
+            raise InputError(f"{self.path} is no checkpoint of this example; give another one")
+        try:
+            for name, value in self.settings.items():
+                self.require_same(name, contents["settings"][name], value)
+            for name, learner in self.learners.items():
+                learner.load_state_dict(contents["learners"][name])
+            torch.set_rng_state(contents["rng"].cpu())
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            raise damaged from None
+
+    def require_same(self, name, saved, value):
+        if saved != value:
+            difference = f"with {name.replace('_', '-')} {saved}, not {value}"
+            if isinstance(value, str) and len(value) > 20:  # a digest or a vocabulary
+                difference = f"with another {name}"
+            raise InputError(f"{self.path} was trained {difference}; train without --resume")
+
+
+class CtrlC(contextlib.AbstractContextManager):
+    """The first Ctrl-C sets .pressed, so that the program can finish what it is doing; a second one ends it."""
+
+    def __enter__(self):
+        self.pressed = False
+        self.previous = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def _press(self, *_):
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous)
+
+

@@ -1,0 +1,65 @@
+"""Recurrent layers for PyTorch that replace torch.nn's in one line.
+
+>>> import torch, rnn_ext
+>>> lstm = rnn_ext.LSTM(10, 20)            # torch.nn.LSTM's arguments, parameters and results
+>>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+>>> model = rnn_ext.accelerate(torch.nn.Sequential(torch.nn.GRU(10, 20)))  # or in a model that exists
+
+``rnn_ext.functional`` has the layers as functions, ``rnn_ext.reference`` the equations in NumPy;
+``python -m rnn_ext`` says what runs here.
+"""
+
+import torch
+
+from .version import __version__
+
+
+def _check_extension():
+    """Imports the compiled part first, so that what is wrong with it is said in one sentence."""
+    reinstall = "run `pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
+    try:
+        from . import _C
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}._C":
+            raise
+        raise ImportError(f"rnn_ext is not built: {reinstall}") from None
+    except ImportError as error:
+        if "undefined symbol" not in str(error):
+            raise
+        raise ImportError(
+            f"rnn_ext was built for another torch than {torch.__version__}: {reinstall} ({error})"
+        ) from None
+    if _C.built_for_torch != torch.__version__:
+        raise ImportError(
+            f"rnn_ext was built for torch {_C.built_for_torch}, but this is torch {torch.__version__}: "
+            f"{reinstall}"
+        )
+
+
+_check_extension()
+
+from . import functional, reference  # noqa: E402
+from .backends import FallbackWarning, backends, use_backend  # noqa: E402
+from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
+from .modules import GRU, LSTM, RNN  # noqa: E402
+from .plan import Plan, explain  # noqa: E402
+from .swap import accelerate, restore  # noqa: E402
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "FallbackWarning",
+    "GRUCell",
+    "LSTMCell",
+    "Plan",
+    "RNNCell",
+    "__version__",
+    "accelerate",
+    "backends",
+    "explain",
+    "functional",
+    "reference",
+    "restore",
+    "use_backend",
+]

@@ -1,0 +1,125 @@
+"""Which implementation runs: the choice a user can make, and the warning when it is not ours."""
+
+import contextlib
+import contextvars
+import warnings
+
+import torch
+
+from .version import __version__
+
+_CUDA_MISSING = f"rnn_ext {__version__} has no CUDA kernels"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DTYPE_NAMES = "float32, float64 or bfloat16"
+
+_current = contextvars.ContextVar("rnn_ext_backend", default="auto")
+_warned = set()
+
+
+class FallbackWarning(UserWarning):
+    """A kernel of rnn_ext does not cover the call, so something slower serves it; the text says why."""
+
+
+def warn_once(reason):
+    """Warns of ``reason`` with a `FallbackWarning`, the first time in this process."""
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(reason, FallbackWarning, stacklevel=3)
+
+
+def backends():
+    """The backends by name, each a dict with ``available`` (bool) and ``reason`` (what it is or lacks).
+
+    ``"cpu"`` also lists the instruction sets it can use here, best first, and the active one.
+    """
+    from . import _C
+
+    return {
+        "auto": {"available": True, "reason": "the fastest kernel that covers the input"},
+        "reference": {
+            "available": True,
+            "reason": "torch operations and a Python loop: any device, any dtype, slow",
+        },
+        "cpu": {
+            "available": True,
+            "reason": f"fused kernels for {_DTYPE_NAMES} on the CPU",
+            "instruction_sets": list(_C.cpu_isas()),
+            "active": _C.cpu_isa(),
+        },
+        "cuda-step": {"available": False, "reason": _CUDA_MISSING},
+        "cuda-persistent": {"available": False, "reason": _CUDA_MISSING},
+    }
+
+
+def current():
+    """Name of the active backend."""
+    # Dynamo cannot trace a context variable. A compiled model asks inside its operators, at run time.
+    if torch.compiler.is_compiling():
+        return "auto"
+    return _current.get()
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Context manager: run rnn_ext's layers on backend ``name`` in this thread (or task) only.
+
+    Args:
+        name: ``"auto"`` (the default: the fastest kernel that covers the input), ``"reference"``,
+            ``"cpu"``, ``"cuda-step"`` or ``"cuda-persistent"``. All but ``"auto"`` and
+            ``"reference"`` raise ``RuntimeError`` on input they do not cover.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+        RuntimeError: the backend is not available here; the message says why.
+    """
+    known = backends()
+    if name not in known:
+        raise ValueError(f"use_backend: unknown backend {name!r}; choose one of {', '.join(known)}")
+    if not known[name]["available"]:
+        usable = ", ".join(key for key, entry in known.items() if entry["available"])
+        raise RuntimeError(
+            f"use_backend: {name!r} is not available: {known[name]['reason']}; use one of {usable}"
+        )
+    token = _current.set(name)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def uncovered(tensors):
+    """Why no kernel takes these tensors together (a phrase), or None if one does."""
+    first = tensors[0]
+    dtype = first.dtype
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_cpu:
+            break
+    else:
+        if dtype not in _DTYPES:
+            return f"{_name(dtype)} has no CPU kernel (use {_DTYPE_NAMES})"
+        if dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
+            return _recording()
+    if any(tensor.device != first.device for tensor in tensors):
+        return "its tensors are on different devices"
+    if first.is_cuda:
+        return _CUDA_MISSING
+    if not first.is_cpu:
+        return f"there are no kernels for device {first.device.type!r}"
+    if torch.is_autocast_enabled("cpu"):
+        cast = torch.get_autocast_dtype("cpu")
+        if cast == torch.bfloat16 and all(
+            tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors
+        ):
+            return _recording()
+        return f"autocast to {_name(cast)} from these dtypes has no CPU kernel"
+    return "its tensors have different dtypes"
+
+
+def _recording():
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records only operators of torch"
+    return None
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")

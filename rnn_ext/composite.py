@@ -1,0 +1,115 @@
+"""Every cell out of differentiable torch operations: any device, any dtype, gradients of any order.
+
+The time loop runs in Python, so this is the slow path. It is the backend ``"reference"``, the recompute
+behind second-order gradients, and what serves where no kernel does. Results are those of ``ops.layer``.
+"""
+
+import torch
+from torch.nn.functional import linear
+
+_ACTIVATIONS = {"rnn_tanh": torch.tanh, "rnn_relu": torch.relu, "rnn_sigmoid": torch.sigmoid}
+
+
+def _elman_step(activation):
+    # h' = f(W x + b_x + U h + b_h)
+    def step(wx, h, c, w_hh, b_hh, w_hr):
+        return activation(wx + linear(h, w_hh, b_hh)), None
+
+    return step
+
+
+def _lstm_step(wx, h, c, w_hh, b_hh, w_hr):
+    # i,f,o = s(a)   g = tanh(a)   a = W x + b_x + U h + b_h      order i,f,g,o
+    # c' = f c + i g               h' = o tanh(c'), projected by w_hr if there is one
+    i, f, g, o = (wx + linear(h, w_hh, b_hh)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    return (h if w_hr is None else linear(h, w_hr)), c
+
+
+def _gru_step(wx, h, c, w_hh, b_hh, w_hr):
+    # r,z = s(a)   n = tanh(W_n x + b_xn + r (U_n h + b_hn))      order r,z,n
+    # h' = (1 - z) n + z h
+    xr, xz, xn = wx.chunk(3, -1)
+    hr, hz, hn = linear(h, w_hh, b_hh).chunk(3, -1)
+    z = torch.sigmoid(xz + hz)
+    n = torch.tanh(xn + torch.sigmoid(xr + hr) * hn)
+    return (1 - z) * n + z * h, None
+
+
+def _gru_reset_before_step(wx, h, c, w_hh, b_hh, w_hr):
+    # r,z = s(a)   n = tanh(W_n x + b_xn + U_n (r h) + b_hn)      order r,z,n
+    # h' = (1 - z) n + z h
+    size = h.size(-1)
+    b_rz, b_n = (None, None) if b_hh is None else (b_hh[: 2 * size], b_hh[2 * size :])
+    r, z = torch.sigmoid(wx[..., : 2 * size] + linear(h, w_hh[: 2 * size], b_rz)).chunk(2, -1)
+    n = torch.tanh(wx[..., 2 * size :] + linear(r * h, w_hh[2 * size :], b_n))
+    return (1 - z) * n + z * h, None
+
+
+STEPS = {name: _elman_step(activation) for name, activation in _ACTIVATIONS.items()} | {
+    "lstm": _lstm_step,
+    "gru": _gru_step,
+    "gru_reset_before": _gru_reset_before_step,
+}
+
+
+def layer(
+    cell,
+    input,
+    h0,
+    c0,
+    w_ih,
+    w_hh,
+    b_ih,
+    b_hh,
+    w_hr=None,
+    *,
+    batch_sizes=None,
+    reverse=False,
+    return_cells=True,
+):
+    """One layer in one direction; arguments and results as of ``ops.layer``.
+
+    float16 and bfloat16 are computed in float32 and rounded at the end, as the kernels do it.
+    """
+    dtype = input.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = (
+            None if tensor is None else tensor.float()
+            for tensor in (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+        )
+    projected = linear(input, w_ih, b_ih)
+    steps = projected.unbind(0) if batch_sizes is None else projected.split(batch_sizes.tolist())
+    outputs, cells, h_n, c_n = _over_time(
+        STEPS[cell], steps[::-1] if reverse else steps, h0, c0, (w_hh, b_hh, w_hr)
+    )
+    if reverse:
+        outputs.reverse()
+        cells.reverse()
+    join = torch.stack if batch_sizes is None else torch.cat
+    all_cells = join(cells) if return_cells and c0 is not None else None
+    results = join(outputs), h_n, c_n, all_cells
+    return tuple(None if result is None else result.to(dtype) for result in results)
+
+
+def _over_time(step, inputs, h0, c0, weights):
+    """Runs ``step`` over ``inputs``, each of which has as many rows as sequences are alive then."""
+    rows = inputs[0].size(0)
+    h, c = h0[:rows], None if c0 is None else c0[:rows]
+    outputs, cells, ended = [], [], []
+    for wx in inputs:
+        before, rows = rows, wx.size(0)
+        if rows < before:
+            ended.append((h[rows:], None if c is None else c[rows:]))
+            h, c = h[:rows], None if c is None else c[:rows]
+        elif rows > before:  # backwards in time, longer sequences come first and shorter ones join
+            h = torch.cat((h, h0[before:rows]))
+            c = None if c is None else torch.cat((c, c0[before:rows]))
+        h, c = step(wx, h, c, *weights)
+        outputs.append(h)
+        cells.append(c)
+    if ended:
+        h = torch.cat([h] + [part for part, _ in reversed(ended)])
+        c = None if c is None else torch.cat([c] + [part for _, part in reversed(ended)])
+    return outputs, cells, h, c

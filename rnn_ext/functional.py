@@ -1,0 +1,343 @@
+"""Recurrent layers as functions of plain tensors: one layer in one direction.
+
+Shapes, with T steps, batch B, I input features, H hidden units, P projected units and G gates:
+
+===========  =========================================================================
+``input``    [T, B, I], or [B, T, I] with ``batch_first``; [N, I] with ``batch_sizes``
+``hx``       [B, H]; of the LSTM a pair ([B, P or H], [B, H]); None means zeros
+``w_ih``     [G*H, I], gates in torch's order: i, f, g, o of the LSTM, r, z, n of the GRU
+``w_hh``     [G*H, H], or [G*H, P] with a projection
+``b_ih``     [G*H], as is ``b_hh``; both or neither
+``w_hr``     [P, H], the LSTM's projection
+``output``   like ``input`` with the layer's output size last
+===========  =========================================================================
+
+``batch_sizes`` (int64 [T] on the CPU, as in `torch.nn.utils.rnn.PackedSequence`) says how many sequences are
+alive at each step of a packed input. ``reverse`` walks from the last step to the first; ``output`` keeps the
+order of ``input``.
+
+All raise ``TypeError`` for what is no tensor, ``ValueError`` for wrong dtypes, choices and batch sizes, and
+``RuntimeError`` for wrong shapes and devices, in each case naming the argument.
+"""
+
+import torch
+from torch import Tensor
+
+from . import composite, ops
+from .backends import current, uncovered, warn_once
+
+
+
+def gates(cell):
+    """How many gates ``cell`` (a name of ``ops.CELLS``) has."""
+    return {"rnn": 1, "lstm": 4, "gru": 3}[cell.partition("_")[0]]
+
+
+def rnn(
+    input,
+    hx,
+    w_ih,
+    w_hh,
+    b_ih=None,
+    b_hh=None,
+    *,
+    nonlinearity="tanh",
+    batch_sizes=None,
+    reverse=False,
+    batch_first=False,
+):
+    """Simple recurrent network (Elman 1990): h_t = f(W x_t + b_ih + U h_{t-1} + b_hh).
+
+    ``nonlinearity`` is f: "tanh", "relu" or "sigmoid". Returns ``(output, h_n [B, H])``; the module's
+    docstring has the other shapes and the errors.
+    """
+    if nonlinearity not in ("tanh", "relu", "sigmoid"):
+        raise ValueError(
+            f"rnn: nonlinearity must be 'tanh', 'relu' or 'sigmoid', got {nonlinearity!r}"
+        )
+    weights = (w_ih, w_hh, b_ih, b_hh, None)
+    return _one_layer(
+        "rnn", f"rnn_{nonlinearity}", input, hx, weights, batch_sizes, reverse, batch_first
+    )[:2]
+
+
+def gru(
+    input,
+    hx,
+    w_ih,
+    w_hh,
+    b_ih=None,
+    b_hh=None,
+    *,
+    reset_after=True,
+    batch_sizes=None,
+    reverse=False,
+    batch_first=False,
+):
+    """Gated recurrent unit: r, z = s(W x_t + U h_{t-1} + b);  h_t = (1 - z) n + z h_{t-1}.
+
+    ``reset_after=True`` is torch's and cuDNN's candidate, n = tanh(W_n x_t + b_in + r (U_n h_{t-1} + b_hn));
+    ``False`` the original one (Cho et al. 2014, arXiv:1406.1078), n = tanh(W_n x_t + b_in + U_n (r h_{t-1})
+    + b_hn). Textbooks that write h_t = (1 - z') h_{t-1} + z' n have z' = 1 - z: flip the sign of the z rows
+    of weights and biases. Returns ``(output, h_n [B, H])``; the module's docstring has the other shapes and
+    the errors.
+    """
+    weights = (w_ih, w_hh, b_ih, b_hh, None)
+    cell = "gru" if reset_after else "gru_reset_before"
+    return _one_layer("gru", cell, input, hx, weights, batch_sizes, reverse, batch_first)[:2]
+
+
+def lstm(
+    input,
+    hx,
+    w_ih,
+    w_hh,
+    b_ih=None,
+    b_hh=None,
+    w_hr=None,
+    *,
+    return_cells=False,
+    batch_sizes=None,
+    reverse=False,
+    batch_first=False,
+):
+    """LSTM with forget gate (Gers et al. 2000), and projection if ``w_hr`` is given (Sak et al. 2014).
+
+    i, f, o = s(a);  g = tanh(a);  a = W x_t + b_ih + U h_{t-1} + b_hh;
+    c_t = f c_{t-1} + i g;  h_t = o tanh(c_t), or W_hr (o tanh(c_t)).
+
+    Returns ``(output, (h_n [B, P or H], c_n [B, H]))`` and, with ``return_cells``, every c_t laid out like
+    ``output`` as a third result; the module's docstring has the other shapes and the errors.
+    """
+    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
+    output, h_n, c_n, cells = _one_layer(
+        "lstm", "lstm", input, hx, weights, batch_sizes, reverse, batch_first, return_cells
+    )
+    return (output, (h_n, c_n), cells) if return_cells else (output, (h_n, c_n))
+
+
+def _one_layer(
+    name, cell, input, hx, weights, batch_sizes, reverse, batch_first, return_cells=False
+):
+    states = _check(name, input, hx, weights, batch_sizes, batch_first)
+    x = input.transpose(0, 1) if batch_first else input
+    w_hh, w_hr = weights[1], weights[4]
+    if states is None:
+        batch = x.size(1) if batch_sizes is None else int(batch_sizes[0])
+        h0 = c0 = x.new_zeros(batch, w_hh.size(1))
+        if w_hr is not None:
+            c0 = x.new_zeros(batch, w_hr.size(1))
+    else:
+        h0, c0 = states[0], states[-1]
+    if name != "lstm":
+        c0 = None
+
+    run = ops.layer
+    reason = uncovered([t for t in (x, h0, c0, *weights) if t is not None])
+    if reason is not None:
+        run = composite.layer
+        backend = current()
+        if backend == "cpu":
+            raise RuntimeError(f"{name}: the backend 'cpu' cannot run this: {reason}")
+        if backend == "auto":
+            warn_once(f"{name}: {reason}; composed of torch operations instead")
+    output, (h_n,), (c_n,), cells = stack(
+        cell,
+        x,
+        [h0],
+        [c0],
+        [weights],
+        batch_sizes=batch_sizes,
+        reverse=reverse,
+        return_cells=return_cells,
+        run=run,
+    )
+    if batch_first:
+        output, cells = output.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
+    return output, h_n, c_n, cells
+
+
+def stack(
+    cell,
+    x,
+    h0,
+    c0,
+    weights,
+    directions=1,
+    *,
+    dropout=0.0,
+    batch_sizes=None,
+    reverse=False,
+    return_cells=False,
+    fused=True,
+    run=None,
+):
+    """Layers over directions over ``run`` (``ops.layer``), with dropout between layers; no checks.
+
+    ``h0``, ``c0`` (Nones but for the LSTM) and ``weights`` (w_ih, w_hh, b_ih, b_hh, w_hr) are lists with an
+    entry for each layer and direction, directions innermost; ``x`` is [T, B, I], or [N, I] with ``batch_sizes``.
+    Returns ``output``, the lists of h_n and c_n, and with ``return_cells`` the last layer's cells. Under CPU autocast the results
+    have the dtypes that torch.nn gives them, ``fused`` for the layers, not ``fused`` for the cells.
+    """
+    if torch.is_autocast_enabled("cpu") and x.is_cpu and x.dtype != torch.float64:
+        fused = fused and batch_sizes is None and x.size(1) > 0
+        dtype, h_dtype = _autocast_dtypes(cell, h0[0], c0[0], weights[0][4] is not None, fused)
+        with torch.autocast("cpu", enabled=False):
+            output, h_n, c_n, cells = stack(
+                cell,
+                x.to(dtype),
+                _cast(h0, dtype),
+                _cast(c0, dtype),
+                [_cast(group, dtype) for group in weights],
+                directions,
+                dropout=dropout,
+                batch_sizes=batch_sizes,
+                reverse=reverse,
+                return_cells=return_cells,
+                run=run,
+            )
+        return output.to(h_dtype), _cast(h_n, h_dtype), c_n, cells
+
+    run = run or ops.layer
+    if len(weights) == 1:  # the loops below would cost a single step as much as its kernel
+        x, h_n, c_n, cells = run(
+            cell,
+            x,
+            h0[0],
+            c0[0],
+            *weights[0],
+            batch_sizes=batch_sizes,
+            reverse=reverse,
+            return_cells=return_cells,
+        )
+        return x, [h_n], [c_n], cells
+    h_n, c_n = [], []
+    for first in range(0, len(weights), directions):
+        if first and dropout:
+            x = torch.dropout(x, dropout, True)
+        results = [
+            run(
+                cell,
+                x,
+                h0[k],
+                c0[k],
+                *weights[k],
+                batch_sizes=batch_sizes,
+                reverse=reverse if k == first else not reverse,
+                return_cells=return_cells and first + directions == len(weights),
+            )
+            for k in range(first, first + directions)
+        ]
+        if directions == 1:
+            x, _, _, cells = results[0]
+        else:
+            x = torch.cat([result[0] for result in results], -1)
+            cells = [result[3] for result in results]
+        h_n += [result[1] for result in results]
+        c_n += [result[2] for result in results]
+    if not return_cells:
+        return x, h_n, c_n, None
+    return x, h_n, c_n, torch.cat(cells, -1) if directions > 1 else cells
+
+
+def _autocast_dtypes(cell, h0, c0, projected, fused):
+    """What torch.nn computes in and returns h in: it casts the products, and a fused LSTM as a whole."""
+    cast = torch.get_autocast_dtype("cpu")
+    if cell.startswith("rnn") or (cell == "lstm" and fused and not projected):
+        return cast, cast
+    state = torch.promote_types((h0 if c0 is None else c0).dtype, cast)
+    return state, cast if projected else state
+
+
+def _cast(tensors, dtype):
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _check(name, input, hx, weights, batch_sizes, batch_first):
+    """Raises unless the arguments fit together; returns ``hx`` as a tuple of states, or None."""
+    states = _states(name, hx)
+    named = dict(zip(("w_ih", "w_hh", "b_ih", "b_hh", "w_hr"), weights))
+    named = {"input": input, **{key: weight for key, weight in named.items() if weight is not None}}
+    if states is not None:
+        named.update({"hx": states[0]} if name != "lstm" else {"hx[0]": states[0], "hx[1]": states[1]})
+    for key, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {key} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"{name}: {key} is on {tensor.device} but input on {input.device}; move one of them"
+            )
+        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise ValueError(
+                f"{name}: {key} has dtype {tensor.dtype} but input {input.dtype}; convert one of them"
+            )
+    if not input.is_floating_point():
+        raise ValueError(f"{name}: input must have a floating-point dtype, got {input.dtype}")
+    if ("b_ih" in named) != ("b_hh" in named):
+        raise RuntimeError(f"{name}: give both b_ih and b_hh, or neither")
+
+    batch = _check_input(name, input, batch_sizes, batch_first)
+    count, (_, w_hh, _, _, w_hr) = gates(name), weights
+    if w_hh.dim() != 2 or w_hh.size(0) % count:
+        raise RuntimeError(
+            f"{name}: w_hh must be [{count} * hidden, hidden], got {list(w_hh.shape)}"
+        )
+    hidden = w_hh.size(0) // count
+    width = hidden if w_hr is None else w_hr.size(0)
+    expected = {
+        "w_ih": (count * hidden, input.size(-1)),
+        "w_hh": (count * hidden, width),
+        "b_ih": (count * hidden,),
+        "b_hh": (count * hidden,),
+        "w_hr": (width, hidden),
+        "hx": (batch, width),
+        "hx[0]": (batch, width),
+        "hx[1]": (batch, hidden),
+    }
+    for key, tensor in named.items():
+        if key in expected and tensor.shape != expected[key]:
+            raise RuntimeError(
+                f"{name}: {key} must have shape {list(expected[key])}, got {list(tensor.shape)}"
+            )
+    return states
+
+
+def _states(name, hx):
+    if hx is None:
+        return None
+    if name != "lstm":
+        return (hx,)
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        raise TypeError(f"lstm: hx must be a pair (h_0, c_0) of tensors, got {type(hx).__name__}")
+    return tuple(hx)
+
+
+def _check_input(name, input, batch_sizes, batch_first):
+    """Raises unless ``input`` and ``batch_sizes`` fit; returns the batch size."""
+    rank = 3 if batch_sizes is None else 2
+    if input.dim() != rank:
+        layout = "[T, B, I]" if rank == 3 else "[N, I] with batch_sizes"
+        raise RuntimeError(
+            f"{name}: input must have {rank} dimensions {layout}, got {list(input.shape)}"
+        )
+    if batch_sizes is None:
+        if input.size(1 if batch_first else 0) == 0:
+            raise RuntimeError(f"{name}: input must have at least one time step")
+        return input.size(0 if batch_first else 1)
+    if batch_first:
+        raise ValueError(f"{name}: batch_first has no meaning for packed input (batch_sizes is given)")
+    if (
+        not isinstance(batch_sizes, Tensor)
+        or batch_sizes.dtype != torch.int64
+        or batch_sizes.dim() != 1
+        or not batch_sizes.is_cpu
+    ):
+        raise ValueError(f"{name}: batch_sizes must be a 1-D int64 tensor on the CPU")
+    sizes = batch_sizes.tolist()
+    ordered = sizes == sorted(sizes, reverse=True)
+    if not sizes or sizes[-1] < 1 or not ordered or sum(sizes) != input.size(0):
+        raise ValueError(
+            f"{name}: batch_sizes must be positive, never increase and sum to {input.size(0)}, "
+            f"the rows of input; got {sizes}"
+        )
+    return sizes[0]

@@ -1,0 +1,261 @@
+"""What `RNN`, `LSTM` and `GRU` share: from what users pass in to the stack of layers, and back.
+
+Input that the kernels do not take goes through the forward of the layer's twin in torch.nn. If that refuses
+it, the error is torch's own; if it serves it, a `FallbackWarning` says so.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from . import composite, functional
+from .backends import current, uncovered, warn_once
+from .initialization import checked_recurrent_init, recurrent_
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class RecurrentLayers(torch.nn.RNNBase):
+    """What the three layers share; not for use on its own."""
+
+    _twin: type  # the class of torch.nn that this one replaces
+    _cell: str  # name of the cell, as rnn_ext.ops knows it
+    _extra = None  # what torch.nn's layer has no equivalent of, in words
+    recurrent_init = None
+
+    def __init__(self, mode, *args, recurrent_init=None, **kwargs):
+        if checked_recurrent_init(self._get_name(), recurrent_init) is not None:
+            self.recurrent_init = recurrent_init
+        super().__init__(mode, *args, **kwargs)
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if self.recurrent_init is not None:
+            for names in self._all_weights:
+                recurrent_(getattr(self, names[1]), self.hidden_size, self.recurrent_init)
+
+    def extra_repr(self):
+        text = super().extra_repr()
+        if self.recurrent_init is not None:
+            text += f", recurrent_init={self.recurrent_init!r}"
+        return text
+
+    def forward(self, input, hx=None, *, lengths=None):
+        """Runs the layers over a sequence.
+
+        Args:
+            input: [T, B, input_size], [B, T, input_size] with ``batch_first``, [T, input_size] without a
+                batch, or a `torch.nn.utils.rnn.PackedSequence`.
+            hx: the initial state h_0, [num_layers * directions, B, hidden_size] (no B if there is no batch).
+                None: zeros.
+            lengths: [B] integers in 1..T, tensor or list, in any order. Steps past a sequence's length are
+                left out: ``output`` is zero there and h_n the state after the last real step.
+
+        Returns:
+            ``(output, h_n)``: ``output`` laid out like ``input`` with directions * hidden_size features,
+            h_n laid out like ``hx``.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn does, for rank, sizes, dtypes and devices; ValueError for
+                ``lengths`` that do not fit.
+        """
+        return self._run(input, hx, lengths)[:2]
+
+    def _run(self, input, hx, lengths=None, return_cells=False):
+        """(output, state, cells) of `forward`."""
+        if isinstance(input, Proxy):
+            return self._trace_as_leaf(input, hx, lengths, return_cells)
+        if lengths is not None:
+            return self._run_with_lengths(input, hx, lengths, return_cells)
+        arranged = self._arrange(input, hx)
+        if arranged is None:
+            return *self._run_twin(input, hx, "it takes this input, rnn_ext does not"), None
+        x, batch_sizes, batch, states = arranged
+        weights = self._weights()
+        run = None
+        reason = uncovered(
+            [x, *states, *[weight for group in weights for weight in group if weight is not None]]
+        )
+        if reason is not None:
+            extra = self._extra or ("return_cells=True" if return_cells else None)
+            backend = current()
+            if backend == "cpu":
+                raise RuntimeError(
+                    f"{self._get_name()}: the backend 'cpu' cannot run this: {reason}"
+                )
+            if backend == "auto" and extra is None:
+                return *self._run_twin(input, hx, reason), None
+            self._update_flat_weights()
+            self.check_input(x, batch_sizes)
+            run = composite.layer
+
+        h0, c0 = self._initial(x, batch, states)
+        output, h_n, c_n, cells = functional.stack(
+            self._cell,
+            x,
+            h0,
+            c0,
+            weights,
+            2 if self.bidirectional else 1,
+            dropout=self.dropout if self.training else 0.0,
+            batch_sizes=batch_sizes,
+            return_cells=return_cells,
+            run=run,
+        )
+        if reason is not None and backend == "auto":
+            warn_once(
+                f"{self._get_name()} with {extra}: {reason}; composed of torch operations instead"
+            )
+        state = self._joined(h_n, input)
+        if self._cell == "lstm":
+            state = state, self._joined(c_n, input)
+        return (
+            self._like(input, output),
+            state,
+            self._like(input, cells) if return_cells else None,
+        )
+
+    def _arrange(self, input, hx):
+        """(x [T, B, I] or packed rows, batch_sizes, batch, states), or None if torch.nn is to judge.
+
+        States are those given, [layers and directions, B, size] in the order of the batch of x.
+        """
+        order = batch_sizes = None
+        batched = True
+        if isinstance(input, PackedSequence):
+            x, batch_sizes, order, restore = input
+            batch = int(batch_sizes[0]) if restore is None else restore.size(0)
+            rank = 2
+        elif isinstance(input, Tensor):
+            x, rank = input, 3
+            if input.dim() == 2:
+                x = input.unsqueeze(1)
+                batched = False
+            elif self.batch_first and input.dim() == 3:
+                x = input.transpose(0, 1)
+        else:
+            return None
+        if x.dim() != rank or x.size(-1) != self.input_size:
+            return None
+        if self.proj_size and self._cell != "lstm":
+            return None
+        if batch_sizes is None:
+            batch = x.size(1)
+        states = () if hx is None else self._states(hx)
+        if states is None:
+            return None
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        for state, width in zip(states, (self.proj_size or self.hidden_size, self.hidden_size)):
+            if state.shape != ((rows, batch, width) if batched else (rows, width)):
+                return None
+        if x.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if not batched:
+            states = [state.unsqueeze(1) for state in states]
+        elif order is not None:
+            states = [state.index_select(1, order) for state in states]
+        return x, batch_sizes, batch, states
+
+    def _states(self, hx):
+        """``hx`` as a tuple of tensors, None if it is something else."""
+        return (hx,) if isinstance(hx, Tensor) else None
+
+    def _initial(self, x, batch, states):
+        """h_0 and c_0 of each layer and direction, as lists."""
+        count = len(self._all_weights)
+        no_cells = [None] * count
+        if states:
+            h0 = states[0].unbind(0)
+            return h0, states[1].unbind(0) if len(states) > 1 else no_cells
+        zeros = [x.new_zeros(batch, self.hidden_size)] * count
+        if self._cell != "lstm":
+            return zeros, no_cells
+        return [x.new_zeros(batch, self.proj_size)] * count if self.proj_size else zeros, zeros
+
+    def _weights(self):
+        """(w_ih, w_hh, b_ih, b_hh, w_hr) of each layer and direction, None for what there is not.
+
+        Read at every call: parametrizations, functional_call and weight dropping put other tensors there.
+        """
+        parameters = self._parameters
+        groups = []
+        for names in self._all_weights:
+            group = [parameters[n] if n in parameters else getattr(self, n) for n in names]
+            w_hr = group.pop() if self.proj_size else None
+            groups.append((*group, w_hr) if self.bias else (*group, None, None, w_hr))
+        return groups
+
+    def _like(self, input, output):
+        """``output`` of the stack in the layout of ``input``."""
+        if isinstance(input, PackedSequence):
+            return PackedSequence(output, *input[1:])
+        if input.dim() == 2:
+            return output.squeeze(1)
+        return output.transpose(0, 1) if self.batch_first else output
+
+    def _joined(self, states, input):
+        """The states of all layers and directions in one tensor, in the order of ``input``."""
+        joined = states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
+        if isinstance(input, PackedSequence):
+            restore = input.unsorted_indices
+            return joined if restore is None else joined.index_select(1, restore)
+        return joined.squeeze(1) if input.dim() == 2 else joined
+
+    def _run_twin(self, input, hx, reason):
+        """torch.nn's forward on this module: its errors are the errors, its results come with a warning."""
+        result = self._twin.forward(self, input, hx)
+        if self._extra is not None:
+            raise RuntimeError(f"{self._get_name()} with {self._extra}: cannot run this: {reason}")
+        warn_once(f"{self._get_name()}: torch.nn's kernel serves instead: {reason}")
+        return result
+
+    def _run_with_lengths(self, input, hx, lengths, return_cells):
+        name = self._get_name()
+        if isinstance(input, PackedSequence):
+            raise ValueError(f"{name}: lengths cannot be given for a PackedSequence, which has its own")
+        if self._arrange(input, hx) is None:
+            return self._run(input, hx)
+        if input.dim() == 2:
+            raise ValueError(f"{name}: lengths needs batched 3-D input, got 2-D input")
+        batch, steps = input.shape[:2] if self.batch_first else input.shape[1::-1]
+        lengths = torch.as_tensor(lengths)
+        if lengths.dtype not in _INTEGERS and lengths.numel():
+            raise ValueError(f"{name}: lengths must be integers, got {lengths.dtype}")
+        if lengths.shape != (batch,):
+            raise ValueError(f"{name}: lengths must have shape [{batch}], got {list(lengths.shape)}")
+        lengths = lengths.to("cpu", torch.int64)
+        if batch == 0 or lengths.min() == steps == lengths.max():
+            return self._run(input, hx, None, return_cells)
+        if lengths.min() < 1 or lengths.max() > steps:
+            raise ValueError(
+                f"{name}: lengths must be between 1 and the {steps} steps of input, "
+                f"got {lengths.min()}..{lengths.max()}"
+            )
+        packed = pack_padded_sequence(input, lengths, self.batch_first, enforce_sorted=False)
+        output, state, cells = self._run(packed, hx, None, return_cells)
+        output, cells = (
+            None if part is None else pad_packed_sequence(part, self.batch_first, 0.0, steps)[0]
+            for part in (output, cells)
+        )
+        return output, state, cells
+
+    def _trace_as_leaf(self, input, hx, lengths, return_cells):
+        """A call node for torch.fx, which treats torch.nn's layers as leaves, and only those."""
+        given = {"hx": hx, "lengths": lengths}
+        arguments = {name: value for name, value in given.items() if value is not None}
+        if return_cells:
+            arguments["return_cells"] = True
+        path = input.tracer.path_of_module(self)
+        return input.tracer.create_proxy("call_module", path, (input,), arguments)
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script compiles: the twin in torch.nn, with the same parameters."""
+        if self._extra is not None:
+            raise RuntimeError(f"{self._get_name()} with {self._extra} cannot be scripted")
+        warn_once(f"{self._get_name()}: torch.jit.script compiles torch.nn's kernel instead")
+        twin = copy.copy(self)
+        twin.__class__ = self._twin
+        return twin

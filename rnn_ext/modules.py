@@ -1,0 +1,179 @@
+"""`RNN`, `LSTM` and `GRU`: torch.nn's layers in constructor, parameters, state_dict, results and errors.
+
+They subclass `torch.nn.RNNBase` and not torch.nn.LSTM, because torch.compile refuses every instance of
+torch.nn.RNN, LSTM and GRU.
+"""
+
+import torch
+from torch import Tensor
+
+from .initialization import checked_forget_bias, forget_bias_
+from .layers import RecurrentLayers
+
+
+class _WithoutProjection(RecurrentLayers):
+    def __init__(self, mode, *args, **kwargs):
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__(mode, *args, **kwargs)
+
+
+class RNN(_WithoutProjection):
+    """Simple (Elman) recurrent layers: h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
+
+    Replaces `torch.nn.RNN`: ``RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
+    batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`` makes the same parameters
+    with the same values from the same seed. `forward` has the shapes and the errors.
+
+    Args:
+        nonlinearity: f: "tanh", "relu" or, in torch.nn unknown, "sigmoid".
+        recurrent_init: keyword only; None, "orthogonal" or "identity" (with relu the IRNN of Le et al. 2015,
+            arXiv:1504.00941) for weight_hh at initialization.
+
+    Source: Elman, "Finding structure in time", Cognitive Science 14, 1990.
+    """
+
+    _twin = torch.nn.RNN
+
+    def __init__(self, *args, **kwargs):
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu", "sigmoid"):
+            raise ValueError(
+                f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh', 'relu' or 'sigmoid'."
+            )
+        # RNNBase knows only tanh and relu; sigmoid has the same parameters.
+        super().__init__("RNN_RELU" if self.nonlinearity == "relu" else "RNN_TANH", *args, **kwargs)
+        if self.nonlinearity == "sigmoid":
+            self.mode = "RNN_SIGMOID"
+
+    def flatten_parameters(self):
+        if self.mode != "RNN_SIGMOID":  # which cuDNN has not
+            super().flatten_parameters()
+
+    @property
+    def _cell(self):
+        return f"rnn_{self.nonlinearity}"
+
+    @property
+    def _extra(self):
+        return "nonlinearity='sigmoid'" if self.nonlinearity == "sigmoid" else None
+
+    def extra_repr(self):
+        text = super().extra_repr()
+        return text if self._extra is None else f"{text}, {self._extra}"
+
+
+class LSTM(RecurrentLayers):
+    """Long short-term memory layers, with optional projection.
+
+    i, f, o = s(a);  g = tanh(a);  a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh;
+    c_t = f c_{t-1} + i g;  h_t = o tanh(c_t), with ``proj_size`` h_t = W_hr (o tanh(c_t)).
+
+    Replaces `torch.nn.LSTM`: ``LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
+    dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None)`` makes the same parameters with
+    the same values from the same seed. `forward` has the shapes and the errors.
+
+    Args:
+        forget_bias: keyword only; a number makes it the forget gate's bias at initialization (b_ih + b_hh)
+            in every layer and direction. 1 is usual (Jozefowicz et al. 2015). ValueError with bias=False.
+        recurrent_init: keyword only; None, "orthogonal" or "identity" for each gate's block of weight_hh at
+            initialization.
+
+    Sources: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (forget gate); Sak et al. 2014,
+    arXiv:1402.1128 (projection).
+    """
+
+    _twin = torch.nn.LSTM
+    _cell = "lstm"
+    forget_bias = None
+
+    # Borrowed, because torch.nn.LSTM is no base class: its forward, the way out of _run_twin, asks for them.
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden = torch.nn.LSTM.permute_hidden
+
+    def __init__(self, *args, forget_bias=None, **kwargs):
+        forget_bias = checked_forget_bias("LSTM", forget_bias)
+        if forget_bias is not None:
+            self.forget_bias = forget_bias
+        super().__init__("LSTM", *args, **kwargs)
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if self.forget_bias is not None:
+            for _, _, b_ih, b_hh, _ in self._weights():
+                forget_bias_("LSTM", b_ih, b_hh, self.hidden_size, self.forget_bias)
+
+    def extra_repr(self):
+        text = super().extra_repr()
+        return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"
+
+    def forward(self, input, hx=None, *, lengths=None, return_cells=False):
+        """Runs the layers over a sequence.
+
+        Args:
+            input, lengths: as of `RecurrentLayers.forward`.
+            hx: the pair ``(h_0, c_0)``, [num_layers * directions, B, proj_size or hidden_size] and
+                [num_layers * directions, B, hidden_size] (no B if there is no batch). None: zeros.
+            return_cells: add a third result, every c_t of the last layer laid out like ``output`` with
+                directions * hidden_size features.
+
+        Returns:
+            ``(output, (h_n, c_n))``, or ``(output, (h_n, c_n), cells)``.
+
+        Raises:
+            As `RecurrentLayers.forward`.
+        """
+        results = self._run(input, hx, lengths, return_cells)
+        return results if return_cells else results[:2]
+
+    def _states(self, hx):
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            return None
+        return tuple(hx) if all(isinstance(state, Tensor) for state in hx) else None
+
+
+class GRU(_WithoutProjection):
+    """Gated recurrent unit layers: r, z = s(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh);
+    h_t = (1 - z) n + z h_{t-1}, with the candidate n below.
+
+    Replaces `torch.nn.GRU`: ``GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
+    dropout=0.0, bidirectional=False, device=None, dtype=None)`` makes the same parameters with the same values
+    from the same seed. `forward` has the shapes and the errors.
+
+    Args:
+        reset_after: keyword only. True, as torch.nn and cuDNN: n = tanh(W_n x_t + b_in + r (U_n h_{t-1} +
+            b_hn)). False, the original: n = tanh(W_n x_t + b_in + U_n (r h_{t-1}) + b_hn). Textbooks that
+            write h_t = (1 - z') h_{t-1} + z' n have z' = 1 - z: flip the sign of the z rows of weights and
+            biases to convert.
+        recurrent_init: keyword only; None, "orthogonal" or "identity" for each gate's block of weight_hh at
+            initialization.
+
+    Source: Cho et al. 2014, arXiv:1406.1078.
+    """
+
+    _twin = torch.nn.GRU
+    reset_after = True
+
+    def __init__(self, *args, reset_after=True, **kwargs):
+        if not isinstance(reset_after, bool):
+            raise TypeError(f"GRU: reset_after must be True or False, got {reset_after!r}")
+        if not reset_after:
+            self.reset_after = False
+        super().__init__("GRU", *args, **kwargs)
+
+    @property
+    def _cell(self):
+        return "gru" if self.reset_after else "gru_reset_before"
+
+    @property
+    def _extra(self):
+        return None if self.reset_after else "reset_after=False"
+
+    def extra_repr(self):
+        text = super().extra_repr()
+        return text if self._extra is None else f"{text}, {self._extra}"

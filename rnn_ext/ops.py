@@ -1,0 +1,127 @@
+"""The fused layer as a differentiable operation: one layer in one direction over ``rnn_ext._C``.
+
+`layer` takes the shortest way that is right for the call:
+
+- nobody asks for gradients: the kernel alone;
+- gradients: an autograd Function over the forward and backward kernels; with ``create_graph=True`` its
+  backward recomputes through ``composite``, whose operations torch can differentiate again;
+- torch.compile and torch.export: the same kernels as operators of ``torch.library`` (library.py);
+- the backend "reference", forward-mode derivatives and torch.func transforms: ``composite``.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _C, backends, composite, library
+
+CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", "gru_reset_before")
+
+
+def layer(
+    cell,
+    input,
+    h0,
+    c0,
+    w_ih,
+    w_hh,
+    b_ih,
+    b_hh,
+    w_hr=None,
+    *,
+    batch_sizes=None,
+    reverse=False,
+    return_cells=False,
+):
+    """One layer in one direction, with T steps, batch B, I features, H hidden and P output units.
+
+    Args:
+        cell: one of ``CELLS``; G is its number of gates (RNN 1, GRU 3, LSTM 4), in torch's order.
+        input: [T, B, I], or [N, I] with ``batch_sizes``.
+        h0: [B, P] (P = H without a projection).
+        c0: [B, H] for "lstm", otherwise None.
+        w_ih, w_hh: [G*H, I] and [G*H, P].
+        b_ih, b_hh: [G*H], or both None.
+        w_hr: [P, H], the LSTM's projection, or None.
+        batch_sizes: int64 [T] on the CPU, as in PackedSequence.
+        reverse: walk from the last step to the first.
+        return_cells: make sure that the fourth result is there.
+
+    Returns:
+        ``(output, h_n, c_n, cells)``: [T, B, P] or [N, P]; [B, P]; [B, H] of the LSTM; every c_t, laid out like
+        output, of the LSTM, None where nobody asked for gradients or ``return_cells``. h_n and c_n are states
+        after a sequence's last step in walking order.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit together.
+    """
+    tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    if torch.compiler.is_compiling():
+        return library.layer(cell, tensors, batch_sizes, reverse)
+    if _needs_composite():
+        return composite.layer(cell, *tensors, batch_sizes=batch_sizes, reverse=reverse)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        output, h_n, *states = _Layer.apply(*tensors, cell, batch_sizes, reverse)
+        return output, h_n, *(states or (None, None))
+    results = _C.layer_forward(cell, *tensors, batch_sizes, reverse, return_cells)
+    return *results[:3], results[4] if return_cells else None
+
+
+def _needs_composite():
+    return (
+        backends.current() == "reference"
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+class _Layer(torch.autograd.Function):
+    """Tensors first, in the order of ``_C.layer_backward``'s results."""
+
+    @staticmethod
+    def forward(ctx, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, batch_sizes, reverse):
+        tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+        output, h_n, c_n, states, cells, gates, middle, isa = _C.layer_forward(
+            cell, *tensors, batch_sizes, reverse, True
+        )
+        ctx.set_materialize_grads(False)
+        ctx.options = cell, batch_sizes, reverse
+        ctx.isa = isa
+        # What the user sees of the cell states; for bfloat16 narrower than what is saved.
+        shown_cells = cells if cells is None else cells.to(input.dtype)
+        ctx.save_for_backward(*tensors, states, cells, gates, middle)
+        return (output, h_n) if c_n is None else (output, h_n, c_n, shown_cells)
+
+    @staticmethod
+    def backward(ctx, d_output, d_h_n, d_c_n=None, d_cells=None):
+        tensors, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        cell, batch_sizes, reverse = ctx.options
+        wanted = ctx.needs_input_grad[:8]
+        upstream = (d_output, d_h_n, d_c_n, d_cells)
+        if torch.is_grad_enabled():
+            gradients = _differentiable_backward(ctx.options, tensors, wanted, upstream)
+        else:
+            gradients = _C.layer_backward(
+                cell, *tensors, batch_sizes, reverse, *saved, ctx.isa, *upstream, wanted
+            )
+        return *gradients, None, None, None
+
+
+def _differentiable_backward(options, tensors, wanted, upstream):
+    """The gradients as a differentiable function of the inputs and of ``upstream``."""
+    cell, batch_sizes, reverse = options
+    # Aliases: a weight given twice still gets one gradient for each place it stands in.
+    tensors = [t.view_as(t) if t is not None and w else t for t, w in zip(tensors, wanted)]
+    results = composite.layer(cell, *tensors, batch_sizes=batch_sizes, reverse=reverse)
+    pairs = [(r, d) for r, d in zip(results, upstream) if r is not None and d is not None]
+    given = iter(
+        torch.autograd.grad(
+            [r for r, _ in pairs],
+            [t for t, w in zip(tensors, wanted) if w],
+            [d for _, d in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+        if pairs
+        else ()
+    )
+    return [next(given, None) if w else None for w in wanted]

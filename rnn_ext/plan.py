@@ -1,0 +1,114 @@
+"""`explain`: which kernel a call would run, and why."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _C, functional
+from .backends import current, uncovered
+from .cells import _OneStep
+from .layers import RecurrentLayers
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer runs in one direction.
+
+    kernel: "cpu" (rnn_ext's), "reference" (torch operations), "torch.nn" or "none" (an error); isa: the instruction set, "" if
+    not ours; threads: how many; split: what they share out, "rows" of the batch, "columns" of the hidden state
+    or "none"; reason: why.
+    """
+
+    layer: int
+    direction: str  # "forward" or "reverse"
+    kernel: str
+    isa: str
+    threads: int
+    split: str
+    reason: str
+
+    def __str__(self):
+        if not self.isa:
+            return f"{self.kernel} kernel: {self.reason}"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads over {self.split}"
+        return f"{self.kernel} kernel, {self.isa}, {threads}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `explain` found: ``module`` (its repr) and a `LayerPlan` for each layer and direction.
+
+    As text it is one line, or one for each different way in which the layers run.
+    """
+
+    module: str
+    steps: tuple
+
+    def __str__(self):
+        where = {}
+        for step in self.steps:
+            where.setdefault(str(step), []).append(f"layer {step.layer} {step.direction}")
+        if len(where) == 1:
+            return f"{self.module}: {next(iter(where))}"
+        return "\n".join(f"{self.module}, {', '.join(at)}: {text}" for text, at in where.items())
+
+
+def explain(module, input, hx=None):
+    """Which kernel ``module(input, hx)`` would run for each layer and direction, and why; runs nothing.
+
+    Args:
+        module: a layer or cell of rnn_ext.
+        input, hx: as its forward takes them.
+
+    Returns:
+        Plan: ``str(plan)`` is one readable line; ``plan.steps`` has the details.
+
+    Raises:
+        TypeError: ``module`` is not one of ours (`accelerate` makes torch.nn's so).
+        ValueError: the module cannot take this input; calling it says why.
+    """
+    if isinstance(module, RecurrentLayers):
+        arranged = module._arrange(input, hx)
+        if arranged is not None:
+            x, batch_sizes, batch, states = arranged
+            steps = x.size(0) if batch_sizes is None else batch_sizes.numel()
+            weights, directions = module._weights(), 2 if module.bidirectional else 1
+    elif isinstance(module, _OneStep):
+        arranged = states = module._arrange(input, hx)
+        if arranged is not None:
+            x, steps, batch = input, 1, input.size(0) if input.dim() == 2 else 1
+            weights, directions = [module._weights()], 1
+    else:
+        raise TypeError(
+            f"explain: module must be a layer or cell of rnn_ext, got {type(module).__name__}; "
+            "rnn_ext.accelerate(model) replaces torch.nn's"
+        )
+    if arranged is None:
+        raise ValueError(f"explain: {module} cannot take this input; calling it says why")
+
+    reason = uncovered(
+        [x, *states, *[weight for group in weights for weight in group if weight is not None]]
+    )
+    plans = []
+    for k, group in enumerate(weights):
+        how = _choose(module, x.dtype, steps, batch, group, reason)
+        plans.append(LayerPlan(k // directions, "reverse" if k % directions else "forward", **how))
+    return Plan(str(module), tuple(plans))
+
+
+def _choose(module, dtype, steps, batch, weights, obstacle):
+    """The fields of a `LayerPlan` that do not depend on where the layer stands."""
+    elsewhere = {"isa": "", "threads": torch.get_num_threads(), "split": "none"}
+    backend = current()
+    if backend == "reference":
+        return {"kernel": "reference", "reason": "use_backend('reference') is active", **elsewhere}
+    if obstacle is None:
+        w_ih, w_hh = weights[:2]
+        sizes = w_ih.size(1), w_hh.size(0) // functional.gates(module._cell), w_hh.size(1)
+        chosen = _C.plan_cpu(module._cell, str(dtype).removeprefix("torch."), steps, batch, *sizes)
+        return {field: chosen[field] for field in ("kernel", "isa", "threads", "split", "reason")}
+    if backend == "cpu":
+        return {"kernel": "none", "reason": f"use_backend('cpu') refuses: {obstacle}", **elsewhere}
+    kernel = "torch.nn" if module._extra is None else "reference"
+    return {"kernel": kernel, "reason": obstacle, **elsewhere}

@@ -1,0 +1,225 @@
+"""One time loop for every cell: forward over a sequence, and backpropagation through time.
+
+Ragged batches and the reverse direction are a mask and an order: at step t only the rows that are
+long enough take part, and t runs over 0..T-1 or T-1..0. The backward pass walks the same steps back
+(Werbos, "Backpropagation through time: what it does and how to do it", Proc. IEEE 78, 1990).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from . import cells
+from .cells import Weights
+
+
+class Cell(NamedTuple):
+    gates: int
+    step: Callable  # (x, *state, weights) -> record
+    step_backward: Callable  # (record, *gradient of state, weights) -> StepGradients
+
+
+CELLS = {
+    f"rnn_{name}": Cell(
+        1,
+        partial(cells.elman_step, nonlinearity=name),
+        partial(cells.elman_step_backward, nonlinearity=name),
+    )
+    for name in ("tanh", "relu", "sigmoid")
+} | {
+    "lstm": Cell(4, cells.lstm_step, cells.lstm_step_backward),
+    "gru": Cell(3, cells.gru_step, cells.gru_step_backward),
+    "gru_reset_before": Cell(3, cells.gru_reset_before_step, cells.gru_reset_before_step_backward),
+}
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What backward needs of a forward pass."""
+
+    cell: Cell
+    weights: Weights
+    active: ndarray  # bool [T, B]: row b takes part in step t
+    packed: bool
+    steps: list  # (t, rows that took part, record of the step), in the order they were made
+    input_size: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of a layer with S = P units of output with a projection, S = H without.
+
+    output: h_t of every step, [T, B, S] (zero past a row's length) or [N, S] if packed.
+    h_n: [B, S], and c_n: [B, H] (LSTM, else None): the state after each row's last step in the
+    direction taken; the reverse direction ends at step 0.
+    cells: c_t of every step (LSTM, else None), laid out like output.
+    """
+
+    output: ndarray
+    h_n: ndarray
+    c_n: ndarray | None
+    cells: ndarray | None
+    tape: Tape
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """dL/d(each argument of forward), in that argument's shape; None where it has none."""
+
+    x: ndarray
+    h0: ndarray
+    c0: ndarray | None
+    w_ih: ndarray
+    w_hh: ndarray
+    b_ih: ndarray | None
+    b_hh: ndarray | None
+    w_hr: ndarray | None
+
+
+def forward(cell, x, h0, c0, weights, *, batch_sizes=None, lengths=None, reverse=False):
+    """Run one layer in one direction over a batch of sequences.
+
+    cell     a name in CELLS
+    x        [T, B, I], or [N, I] with batch_sizes
+    h0, c0   [B, S] and [B, H], or None for zeros; c0 must be None for all but "lstm"
+    weights  Weights, or a sequence in the order of its fields (None for what is absent)
+    batch_sizes  [T], non-increasing: rows in each step of a PackedSequence of torch
+    lengths  [B], 0..T, in any order: steps in each row of the padded x, whose rest is never read
+    reverse  from each row's last step to its first
+
+    Arrays are anything that numpy.asarray takes, and are computed with in float64. Returns Result.
+    Raises ValueError on an unknown cell, a wrong shape, or lengths or batch_sizes out of range.
+    """
+    if cell not in CELLS:
+        raise ValueError(f"reference: unknown cell {cell!r}; known are {', '.join(CELLS)}")
+    spec = CELLS[cell]
+    x, packed = _float64(x), batch_sizes is not None
+    if x.ndim != (2 if packed else 3):
+        raise ValueError(f"reference: x must be [T, B, I], or [N, I] if packed, got {x.shape}")
+    weights = _check_weights(cell, weights, x.shape[-1])
+    active = _active(x, batch_sizes, lengths)
+    if packed:
+        x = _unpack(x, active)
+
+    steps, batch = active.shape
+    hidden = weights.w_hh.shape[0] // spec.gates
+    sizes = [weights.w_hh.shape[1]] + [hidden] * (cell == "lstm")
+    if c0 is not None and cell != "lstm":
+        raise ValueError(f"reference: {cell} has no cell state, c0 must be None")
+    given = zip((h0, c0), sizes, ("h0", "c0"), strict=False)  # the LSTM alone has two
+    state = [_filled(value, (batch, size), name) for value, size, name in given]
+    trajectory = [np.zeros((steps, batch, size)) for size in sizes]
+
+    tape = []
+    for t in reversed(range(steps)) if reverse else range(steps):
+        rows = np.flatnonzero(active[t])
+        record = spec.step(x[t, rows], *(s[rows] for s in state), weights)
+        for s, states, new in zip(state, trajectory, record.state, strict=True):
+            s[rows] = states[t, rows] = new
+        tape.append((t, rows, record))
+
+    if packed:
+        trajectory = [states[active] for states in trajectory]
+    output, all_c = (*trajectory, None)[:2]
+    h_n, c_n = (*state, None)[:2]
+    return Result(output, h_n, c_n, all_c, Tape(spec, weights, active, packed, tape, x.shape[-1]))
+
+
+def backward(result, d_output=None, d_h_n=None, d_c_n=None, d_cells=None):
+    """Backpropagate through time: Gradients of a loss from its gradients at what forward returned.
+
+    d_output, d_h_n, d_c_n and d_cells have the shapes of the results they belong to; None is zero.
+    Raises ValueError on another shape.
+    """
+    tape = result.tape
+    d_trajectory = _like(
+        (result.output, result.cells), (d_output, d_cells), ("d_output", "d_cells")
+    )
+    d_state = _like((result.h_n, result.c_n), (d_h_n, d_c_n), ("d_h_n", "d_c_n"))
+    if tape.packed:
+        d_trajectory = [_unpack(d, tape.active) for d in d_trajectory]
+
+    dx = np.zeros((*tape.active.shape, tape.input_size))
+    totals = [None if w is None else np.zeros_like(w) for w in tape.weights]
+    for t, rows, record in reversed(tape.steps):
+        reaching = (d[rows] + at[t, rows] for d, at in zip(d_state, d_trajectory, strict=True))
+        step = tape.cell.step_backward(record, *reaching, tape.weights)
+        dx[t, rows] = step.x
+        for d, before in zip(d_state, step.state, strict=True):
+            d[rows] = before
+        for total, term in zip(totals, step.weights, strict=True):
+            if total is not None:
+                total += term
+
+    dx = dx[tape.active] if tape.packed else dx
+    dh0, dc0 = (*d_state, None)[:2]
+    return Gradients(dx, dh0, dc0, *totals)
+
+
+def _active(x, batch_sizes, lengths):
+    """bool [T, B]: does row b take part in step t?"""
+    if batch_sizes is not None:
+        batch_sizes = np.asarray(batch_sizes)
+        if lengths is not None:
+            raise ValueError("reference: give batch_sizes (packed) or lengths (padded), not both")
+        if (
+            batch_sizes.size == 0
+            or (batch_sizes < 1).any()
+            or (np.diff(batch_sizes) > 0).any()
+            or batch_sizes.sum() != len(x)
+        ):
+            raise ValueError("reference: batch_sizes must be positive, non-increasing, sum to N")
+        return np.arange(batch_sizes[0]) < batch_sizes[:, None]
+    steps, batch = x.shape[:2]
+    lengths = np.full(batch, steps) if lengths is None else np.asarray(lengths)
+    if lengths.shape != (batch,) or (lengths < 0).any() or (lengths > steps).any():
+        raise ValueError(f"reference: lengths must be [B] = [{batch}], each from 0 to T = {steps}")
+    return np.arange(steps)[:, None] < lengths
+
+
+def _unpack(packed, active):
+    """[N, F] -> [T, B, F]: a mask picks entries in the order in which torch packs them."""
+    padded = np.zeros((*active.shape, packed.shape[-1]))
+    padded[active] = packed
+    return padded
+
+
+def _check_weights(cell, weights, input_size):
+    weights = Weights(*(None if w is None else _float64(w).copy() for w in weights))
+    if weights.w_hr is not None and cell != "lstm":
+        raise ValueError(f"reference: {cell} takes no projection, w_hr must be None")
+    hidden = weights.w_hh.shape[0] // CELLS[cell].gates
+    rows = hidden * CELLS[cell].gates
+    output = hidden if weights.w_hr is None else weights.w_hr.shape[0]
+    shapes = Weights((rows, input_size), (rows, output), (rows,), (rows,), (output, hidden))
+    for name, weight, shape in zip(Weights._fields, weights, shapes, strict=True):
+        if weight is not None and weight.shape != shape:
+            raise ValueError(f"reference: {cell} needs {name} of {shape}, got {weight.shape}")
+    return weights
+
+
+def _float64(value):
+    return np.asarray(value, dtype=np.float64)
+
+
+def _filled(value, shape, name):
+    """A float64 copy of value, or zeros; never broadcast, a truth must not guess."""
+    filled = np.zeros(shape) if value is None else _float64(value).copy()
+    if filled.shape != shape:
+        raise ValueError(f"reference: {name} must be {shape}, got {filled.shape}")
+    return filled
+
+
+def _like(results, gradients, names):
+    """Gradients as fresh arrays shaped like results; a result that is None takes none."""
+    filled = []
+    for result, gradient, name in zip(results, gradients, names, strict=True):
+        if result is not None:
+            filled.append(_filled(gradient, result.shape, name))
+        elif gradient is not None:
+            raise ValueError(f"reference: this cell has no cell state, {name} must be None")
+    return filled
