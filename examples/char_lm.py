@@ -9,7 +9,7 @@ side by side, --window characters a step. The hidden state is carried from windo
 detached, so that gradients reach back one window at most. The last tenth of the text is held out.
 
 Two models that differ in nothing but the recurrent layer start from the same weights and take turns
-on the same data (common.train), so that whatever else the machine does slows both alike. Ctrl-C
+on the same data (training.train), so that whatever else the machine does slows both alike. Ctrl-C
 stops early, then evaluates and saves.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import common
 import torch
+import training
 from common import InputError, positive
 from torch import nn
 
@@ -56,14 +57,13 @@ def cross_entropy(logits, targets, **options):
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), **options)
 
 
-class Learner(common.Learner):
+class CharLearner(training.Learner):
     """The model with its optimizer and the state that it carries from window to window."""
 
     def __init__(self, model, args, streams, held_out_streams):
         super().__init__(model, torch.optim.Adam(model.parameters(), args.lr))
         self.window, self.clip = args.window, args.clip
         self.streams, self.held_out_streams = streams, held_out_streams
-        self.state = None
 
     def train_step(self, step):
         windows = (len(self.streams) - 1) // self.window  # in one pass over the text
@@ -80,7 +80,7 @@ class Learner(common.Learner):
         return loss.item()
 
     def evaluate(self):
-        """Mean loss over the held-out text, which is read from end to end with the state carried on."""
+        """Mean loss over the held-out text, read from end to end with the state carried on."""
         total, state = 0.0, None
         for start in range(0, len(self.held_out_streams) - 1, self.window):
             targets = self.held_out_streams[start + 1 : start + 1 + self.window]
@@ -127,41 +127,39 @@ def main(arguments):
     vocabulary, codes = common.encode(text, device)
     prefix = args.prefix or ("The " if set("The ") <= set(vocabulary) else text[0])
     if unknown := set(prefix) - set(vocabulary):
-        raise InputError(
-            f"--prefix has {min(unknown)!r}, which is nowhere in {source}; leave it out"
-        )
+        raise InputError(f"--prefix has {min(unknown)!r}, which is not in the text; leave it out")
 
     cut = len(codes) * 9 // 10
     streams = cut_into_streams(codes[:cut], args.batch)
     held_out_streams = cut_into_streams(codes[cut:], min(args.batch, (len(codes) - cut) // 2))
     windows = (len(streams) - 1) // args.window
-    args.steps = common.steps(args, windows, default_epochs=5)
+    args.steps = training.number_of_steps(args, windows, default_epochs=5)
 
     learners, size = {}, (len(vocabulary), args.hidden, args.layers)
-    for name, library in common.libraries(args).items():
+    for name, library in training.libraries(args).items():
         torch.manual_seed(args.seed)  # the two classes draw the same initial weights
         model = CharLM(getattr(library, args.cell.upper()), *size).to(device)
-        learners[name] = Learner(model, args, streams, held_out_streams)
+        learners[name] = CharLearner(model, args, streams, held_out_streams)
     digest = hashlib.sha256(text.encode()).hexdigest()
     settings = {"window": args.window, "text": digest, "vocabulary": vocabulary}
     checkpoint = common.Checkpoint(args, KIND, settings, learners)
 
     ours = learners["rnn_ext"].model
     print(f"text     {source}: {len(text):,} characters, {len(vocabulary)} different")
-    print(f"model    {common.describe(args, ours)}")
+    print(f"model    {training.describe(args, ours)}")
+    print(f"training {args.steps:,} steps of {args.batch} x {args.window} characters ", end="")
     print(
-        f"training {args.steps:,} steps ({args.steps / windows:.1f} passes over nine tenths of the"
+        f"({args.steps / windows:.1f} passes), Adam, rate {args.lr:g}; the last tenth is held out"
     )
-    print(f"         text) of {args.batch} x {args.window} characters, Adam, rate {args.lr:g}")
     example = ours.embedding(streams[: args.window])
     print(f"kernel   {rnn_ext.explain(ours.recurrent, example)}\n", flush=True)
 
-    common.train(learners, args, args.batch * args.window, "character", checkpoint.save)
-    common.report(learners, args.batch * args.window, "character")
+    training.train(learners, args, args.batch * args.window, checkpoint.save)
+    training.report(learners, args.batch * args.window, "character")
     print(f"\nsample, temperature {args.temperature:g}, continuing {prefix!r}:\n")
     print(sample(ours, vocabulary, prefix, args.length, args.temperature, device))
     title = f"Character language model: {args.cell}, {args.layers} x {args.hidden} units"
-    common.plot_training(args.plot, title, learners, "character")
+    training.plot_training(args.plot, title, learners, "character")
     print(f"\nwrote {args.checkpoint} and {args.plot}")
 
 

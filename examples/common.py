@@ -16,10 +16,8 @@ class InputError(Exception):
 
 
 def exit_code(main, arguments):
-    """Run main(arguments); an InputError becomes its sentence on stderr and exit code 2, without a traceback."""
-    sys.stdout.reconfigure(
-        errors="replace"
-    )  # a sample may hold characters that the terminal cannot show
+    """Run main(arguments); an InputError becomes its sentence on stderr, and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # for text that the terminal cannot show
     try:
         main(arguments)
     except InputError as error:
@@ -41,8 +39,9 @@ class Parser(argparse.ArgumentParser):
         add("--layers", type=whole, default=1)
         add("--hidden", type=whole, default=hidden, help="units in a layer")
         add("--batch", type=whole, default=batch, help="sequences trained side by side")
-        add("--epochs", type=real, help="passes over the training data")
-        add("--steps", type=whole, help="training steps, instead of --epochs")
+        duration = self.add_mutually_exclusive_group()
+        duration.add_argument("--epochs", type=real, help="passes over the training data")
+        duration.add_argument("--steps", type=whole, help="training steps, instead of --epochs")
         add("--lr", type=real, default=3e-3, help="learning rate")
         add("--clip", type=real, default=1.0, help="largest norm of the gradient")
         add("--seed", type=int, default=0)
@@ -68,34 +67,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(kind, or_zero=False):
+    """Return what argparse calls for a number of this kind (int or float) above zero."""
+
     def parse(text):
         value = kind(text)
         if not (value > 0 or (or_zero and value == 0)):
             raise ValueError
         return value
 
-    parse.__name__ = (
-        f"{'non-negative' if or_zero else 'positive'} {kind.__name__}"  # argparse quotes it
-    )
+    sign = "non-negative" if or_zero else "positive"
+    parse.__name__ = f"{sign} {kind.__name__}"  # argparse writes "invalid positive int value"
     return parse
 
 
 def read_text(path):
-    """Return (text, description) of a UTF-8 file, or of the Python language help when path is None."""
+    """Return (text, description) of a UTF-8 file, or of Python's language help if path is None."""
     if path is None:
         try:
             from pydoc_data import topics
         except ImportError:
-            raise InputError(
-                "this Python came without pydoc_data; give a text with --text FILE"
-            ) from None
-        return "\n".join(topics.topics.values()), "the Python language help (pydoc_data.topics)"
+            raise InputError("this Python has no pydoc_data; give a text with --text") from None
+        return "\n".join(topics.topics.values()), "Python's language help (pydoc_data.topics)"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
-        ) from None
+        position = f"byte {error.start} cannot be decoded"
+        raise InputError(f"{path} is not UTF-8 text ({position}); convert it first") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     if not text:
@@ -104,7 +101,7 @@ def read_text(path):
 
 
 def encode(text, device):
-    """Return (vocabulary, codes): the sorted different characters, and text as indices into them."""
+    """Return (vocabulary, codes): the different characters, and text as indices into them."""
     code_points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     different, codes = code_points.unique(return_inverse=True)
     return "".join(map(chr, different.tolist())), codes.to(device)
@@ -113,14 +110,12 @@ def encode(text, device):
 def usable_device(name):
     try:
         return torch.zeros(1, device=name).device
-    except (
-        Exception
-    ):  # a different type for an unknown name, a missing driver and an index out of range
+    except Exception:  # its type differs between unknown names, missing drivers and wrong indices
         raise InputError(f"device {name!r} cannot be used here; try --device cpu") from None
 
 
 def prepare_output(path):
-    """Create the folder of path, and make sure now rather than after the training that path can be written."""
+    """Create the folder of path, and find out now whether path can be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -130,7 +125,7 @@ def prepare_output(path):
 
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary file that then takes path's place: path is never half written."""
+    """Call write(file) on a temporary file that then takes path's place, never half written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -139,7 +134,8 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"cannot write {path} ({reason}); what was there is untouched") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -148,7 +144,7 @@ class Checkpoint:
     """Where a training is saved, and with args.resume, continued from.
 
     kind names the example. settings are values of its own that must be the same when the training
-    goes on; the common options are added to them. Nothing is written here or by a failing resume.
+    goes on; the common options are added to them. A resume that fails writes nothing.
     """
 
     SAME = ("cell", "layers", "hidden", "batch", "lr", "clip", "seed", "no_compare")
@@ -198,7 +194,7 @@ class Checkpoint:
 
 
 class CtrlC(contextlib.AbstractContextManager):
-    """The first Ctrl-C sets .pressed, so that the program can finish what it is doing; a second one ends it."""
+    """The first Ctrl-C only sets .pressed, for a tidy end; a second one ends the program."""
 
     def __enter__(self):
         self.pressed = False
@@ -211,5 +207,3 @@ class CtrlC(contextlib.AbstractContextManager):
 
     def __exit__(self, *_):
         signal.signal(signal.SIGINT, self.previous)
-
-

@@ -87,18 +87,27 @@ def use_backend(name):
         _current.reset(token)
 
 
-def uncovered(tensors):
-    """Why no kernel takes these tensors together (a phrase), or None if one does."""
-    first = tensors[0]
-    dtype = first.dtype
+def uncovered(x, states, weights):
+    """Why no kernel takes these together (a phrase), or None if one does.
+
+    ``states`` are tensors, ``weights`` groups of tensors or None.
+    """
+    dtype = x.dtype
+    tensors = [x, *states]
+    for group in weights:
+        tensors += group
     for tensor in tensors:
-        if tensor.dtype != dtype or not tensor.is_cpu:
-            break
-    else:
-        if dtype not in _DTYPES:
-            return f"{_name(dtype)} has no CPU kernel (use {_DTYPE_NAMES})"
-        if dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
-            return _recording()
+        if tensor is not None and (tensor.dtype != dtype or not tensor.is_cpu):
+            return _mixed([tensor for tensor in tensors if tensor is not None])
+    if dtype not in _DTYPES:
+        return f"{_name(dtype)} has no CPU kernel (use {_DTYPE_NAMES})"
+    if dtype != torch.float64 and torch.is_autocast_enabled("cpu"):
+        return _autocast([x])
+    return _recording()
+
+
+def _mixed(tensors):
+    first = tensors[0]
     if any(tensor.device != first.device for tensor in tensors):
         return "its tensors are on different devices"
     if first.is_cuda:
@@ -106,13 +115,16 @@ def uncovered(tensors):
     if not first.is_cpu:
         return f"there are no kernels for device {first.device.type!r}"
     if torch.is_autocast_enabled("cpu"):
-        cast = torch.get_autocast_dtype("cpu")
-        if cast == torch.bfloat16 and all(
-            tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors
-        ):
-            return _recording()
-        return f"autocast to {_name(cast)} from these dtypes has no CPU kernel"
+        return _autocast(tensors)
     return "its tensors have different dtypes"
+
+
+def _autocast(tensors):
+    dtype = torch.get_autocast_dtype("cpu")
+    castable = all(tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
+    if dtype == torch.bfloat16 and castable:
+        return _recording()
+    return f"autocast to {_name(dtype)} from these dtypes has no CPU kernel"
 
 
 def _recording():

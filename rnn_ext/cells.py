@@ -11,33 +11,18 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from . import composite, functional
-from .backends import current, uncovered, warn_once
-from .initialization import checked_forget_bias, checked_recurrent_init, forget_bias_, recurrent_
+from .backends import uncovered
+from .initialization import checked_forget_bias, forget_bias_, recurrent_
+from .replacement import Replacement
 
 
-class _OneStep:
-    """Mixed into torch.nn's cells."""
-
-    _twin: type  # the class of torch.nn that this one replaces
-    _cell: str  # name of the cell, as rnn_ext.ops knows it
-    _extra = None  # what torch.nn's cell has no equivalent of, in words
-    recurrent_init = None
-
-    def __init__(self, *args, recurrent_init=None, **kwargs):
-        if checked_recurrent_init(self._get_name(), recurrent_init) is not None:
-            self.recurrent_init = recurrent_init
-        super().__init__(*args, **kwargs)
+class OneStep(Replacement):
+    """Mixed into torch.nn's cells; not for use on its own."""
 
     def reset_parameters(self):
         super().reset_parameters()
         if self.recurrent_init is not None:
             recurrent_(self.weight_hh, self.hidden_size, self.recurrent_init)
-
-    def extra_repr(self):
-        text = super().extra_repr()
-        if self.recurrent_init is not None:
-            text += f", recurrent_init={self.recurrent_init!r}"
-        return text
 
     def forward(self, input, hx=None):
         """One step from state ``hx`` (None: zeros) to the new state, which is returned.
@@ -45,36 +30,29 @@ class _OneStep:
         Raises:
             ValueError, RuntimeError: as torch.nn's cell does.
         """
-        if isinstance(input, Proxy):  # torch.fx treats torch.nn's cells as leaves, and so these
-            path = input.tracer.path_of_module(self)
-            return input.tracer.create_proxy("call_module", path, (input, hx), {})
+        if isinstance(input, Proxy):
+            return self._as_leaf(input, hx=hx)
         states = self._arrange(input, hx)
         if states is None:
-            return self._run_twin(input, hx, "it takes this input, rnn_ext does not")
+            return self._run_twin(input, hx)
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input[None, None]
         weights = self._weights()
-        reason = uncovered([x, *states, *[w for w in weights if w is not None]])
-        run = None
+        reason, run = uncovered(x, states, [weights]), None
         if reason is not None:
-            name, backend = self._get_name(), current()
-            if backend == "cpu":
-                raise RuntimeError(f"{name}: the backend 'cpu' cannot run this: {reason}")
-            if backend == "auto":
-                if self._extra is None:
-                    return self._run_twin(input, hx, reason)
-                warn_once(
-                    f"{name} with {self._extra}: {reason}; composed of torch operations instead"
-                )
+            if not self._must_compose(reason, self._extra):
+                return self._run_twin(input, hx, reason)
             run = composite.layer
         if not states:
-            states = [x.new_zeros(x.size(1), self.hidden_size)] * 2
+            states = (x.new_zeros(x.size(1), self.hidden_size),) * 2
         elif not batched:
-            states = [state.unsqueeze(0) for state in states]
-        c0 = states[-1] if self._cell == "lstm" else None
+            states = tuple(state.unsqueeze(0) for state in states)
+        c0 = states[1] if self._cell == "lstm" else None
         _, (h,), (c,), _ = functional.stack(
             self._cell, x, [states[0]], [c0], [weights], fused=False, run=run
         )
+        if reason is not None:
+            self._warn_composed(reason, self._extra)
         if not batched:
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)
         return h if c is None else (h, c)
@@ -96,20 +74,8 @@ class _OneStep:
     def _weights(self):
         return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None
 
-    def _states(self, hx):
-        """``hx`` as a tuple of tensors, None if it is something else."""
-        return (hx,) if isinstance(hx, Tensor) else None
 
-    def _run_twin(self, input, hx, reason):
-        """torch.nn's forward on this module: its errors are the errors, its results come with a warning."""
-        result = self._twin.forward(self, input, hx)
-        if self._extra is not None:
-            raise RuntimeError(f"{self._get_name()} with {self._extra}: cannot run this: {reason}")
-        warn_once(f"{self._get_name()}: torch.nn's kernel serves instead: {reason}")
-        return result
-
-
-class RNNCell(_OneStep, torch.nn.RNNCell):
+class RNNCell(OneStep, torch.nn.RNNCell):
     """One step of `rnn_ext.RNN`: h' = f(W_ih x + b_ih + W_hh h + b_hh). Replaces `torch.nn.RNNCell`.
 
     ``RNNCell(input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None)``, nonlinearity
@@ -117,6 +83,20 @@ class RNNCell(_OneStep, torch.nn.RNNCell):
     """
 
     _twin = torch.nn.RNNCell
+
+    def __init__(
+        self,
+        input_size,
+        hidden_size,
+        bias=True,
+        nonlinearity="tanh",
+        device=None,
+        dtype=None,
+        *,
+        recurrent_init=None,
+    ):
+        self._keep_recurrent_init(recurrent_init)
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
     @property
     def _cell(self):
@@ -130,16 +110,16 @@ class RNNCell(_OneStep, torch.nn.RNNCell):
         known = self.nonlinearity in ("tanh", "relu", "sigmoid")
         return super()._arrange(input, hx) if known else None
 
-    def _run_twin(self, input, hx, reason):
+    def _run_twin(self, input, hx, *reason):
         if self.nonlinearity == "sigmoid":
             # torch.nn refuses the name before it looks at the input; what is wrong is the input.
             tanh_cell = copy.copy(self)
             tanh_cell.nonlinearity = "tanh"
             self._twin.forward(tanh_cell, input, hx)
-        return super()._run_twin(input, hx, reason)
+        return super()._run_twin(input, hx, *reason)
 
 
-class LSTMCell(_OneStep, torch.nn.LSTMCell):
+class LSTMCell(OneStep, torch.nn.LSTMCell):
     """One step of `rnn_ext.LSTM`: ``(h', c')`` from ``hx = (h, c)``. Replaces `torch.nn.LSTMCell`.
 
     ``LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)``; keyword only ``forget_bias`` and
@@ -150,11 +130,22 @@ class LSTMCell(_OneStep, torch.nn.LSTMCell):
     _cell = "lstm"
     forget_bias = None
 
-    def __init__(self, *args, forget_bias=None, **kwargs):
+    def __init__(
+        self,
+        input_size,
+        hidden_size,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        forget_bias=None,
+        recurrent_init=None,
+    ):
+        self._keep_recurrent_init(recurrent_init)
         forget_bias = checked_forget_bias("LSTMCell", forget_bias)
         if forget_bias is not None:
             self.forget_bias = forget_bias
-        super().__init__(*args, **kwargs)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     def reset_parameters(self):
         super().reset_parameters()
@@ -165,13 +156,8 @@ class LSTMCell(_OneStep, torch.nn.LSTMCell):
         text = super().extra_repr()
         return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"
 
-    def _states(self, hx):
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            return None
-        return tuple(hx) if all(isinstance(state, Tensor) for state in hx) else None
 
-
-class GRUCell(_OneStep, torch.nn.GRUCell):
+class GRUCell(OneStep, torch.nn.GRUCell):
     """One step of `rnn_ext.GRU`. Replaces `torch.nn.GRUCell`.
 
     ``GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None)``; keyword only ``reset_after`` and
@@ -181,12 +167,23 @@ class GRUCell(_OneStep, torch.nn.GRUCell):
     _twin = torch.nn.GRUCell
     reset_after = True
 
-    def __init__(self, *args, reset_after=True, **kwargs):
+    def __init__(
+        self,
+        input_size,
+        hidden_size,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        reset_after=True,
+        recurrent_init=None,
+    ):
+        self._keep_recurrent_init(recurrent_init)
         if not isinstance(reset_after, bool):
             raise TypeError(f"GRUCell: reset_after must be True or False, got {reset_after!r}")
         if not reset_after:
             self.reset_after = False
-        super().__init__(*args, **kwargs)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     @property
     def _cell(self):

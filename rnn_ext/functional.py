@@ -27,7 +27,6 @@ from . import composite, ops
 from .backends import current, uncovered, warn_once
 
 
-
 def gates(cell):
     """How many gates ``cell`` (a name of ``ops.CELLS``) has."""
     return {"rnn": 1, "lstm": 4, "gru": 3}[cell.partition("_")[0]]
@@ -133,7 +132,7 @@ def _one_layer(
         c0 = None
 
     run = ops.layer
-    reason = uncovered([t for t in (x, h0, c0, *weights) if t is not None])
+    reason = uncovered(x, (h0, c0), [weights])
     if reason is not None:
         run = composite.layer
         backend = current()
@@ -256,10 +255,12 @@ def _cast(tensors, dtype):
 def _check(name, input, hx, weights, batch_sizes, batch_first):
     """Raises unless the arguments fit together; returns ``hx`` as a tuple of states, or None."""
     states = _states(name, hx)
-    named = dict(zip(("w_ih", "w_hh", "b_ih", "b_hh", "w_hr"), weights))
-    named = {"input": input, **{key: weight for key, weight in named.items() if weight is not None}}
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    named = {"input": input, "w_ih": w_ih, "w_hh": w_hh}
+    optional = {"b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr}
     if states is not None:
-        named.update({"hx": states[0]} if name != "lstm" else {"hx[0]": states[0], "hx[1]": states[1]})
+        optional.update({"hx": hx} if name != "lstm" else {"hx[0]": hx[0], "hx[1]": hx[1]})
+    named.update((key, tensor) for key, tensor in optional.items() if tensor is not None)
     for key, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {key} must be a tensor, got {type(tensor).__name__}")
@@ -267,7 +268,7 @@ def _check(name, input, hx, weights, batch_sizes, batch_first):
             raise RuntimeError(
                 f"{name}: {key} is on {tensor.device} but input on {input.device}; move one of them"
             )
-        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"{name}: {key} has dtype {tensor.dtype} but input {input.dtype}; convert one of them"
             )
@@ -277,7 +278,7 @@ def _check(name, input, hx, weights, batch_sizes, batch_first):
         raise RuntimeError(f"{name}: give both b_ih and b_hh, or neither")
 
     batch = _check_input(name, input, batch_sizes, batch_first)
-    count, (_, w_hh, _, _, w_hr) = gates(name), weights
+    count = gates(name)
     if w_hh.dim() != 2 or w_hh.size(0) % count:
         raise RuntimeError(
             f"{name}: w_hh must be [{count} * hidden, hidden], got {list(w_hh.shape)}"
@@ -325,7 +326,9 @@ def _check_input(name, input, batch_sizes, batch_first):
             raise RuntimeError(f"{name}: input must have at least one time step")
         return input.size(0 if batch_first else 1)
     if batch_first:
-        raise ValueError(f"{name}: batch_first has no meaning for packed input (batch_sizes is given)")
+        raise ValueError(
+            f"{name}: batch_first has no meaning for packed input (batch_sizes is given)"
+        )
     if (
         not isinstance(batch_sizes, Tensor)
         or batch_sizes.dtype != torch.int64

@@ -10,7 +10,9 @@ _RECURRENT = {"orthogonal": torch.nn.init.orthogonal_, "identity": torch.nn.init
 def checked_recurrent_init(name, kind):
     """``kind`` if it is one we know, else ValueError; ``name`` starts the message."""
     if kind is not None and kind not in _RECURRENT:
-        raise ValueError(f"{name}: recurrent_init must be None, 'orthogonal' or 'identity', got {kind!r}")
+        raise ValueError(
+            f"{name}: recurrent_init must be None, 'orthogonal' or 'identity', got {kind!r}"
+        )
     return kind
 
 

@@ -1,10 +1,4 @@
-"""What `RNN`, `LSTM` and `GRU` share: from what users pass in to the stack of layers, and back.
-
-Input that the kernels do not take goes through the forward of the layer's twin in torch.nn. If that refuses
-it, the error is torch's own; if it serves it, a `FallbackWarning` says so.
-"""
-
-import copy
+"""What `RNN`, `LSTM` and `GRU` share: from what users pass in to the stack of layers, and back."""
 
 import torch
 from torch import Tensor
@@ -12,36 +6,25 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import composite, functional
-from .backends import current, uncovered, warn_once
-from .initialization import checked_recurrent_init, recurrent_
+from .backends import uncovered
+from .initialization import recurrent_
+from .replacement import Replacement
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class RecurrentLayers(torch.nn.RNNBase):
-    """What the three layers share; not for use on its own."""
+class RecurrentLayers(Replacement, torch.nn.RNNBase):
+    """Not for use on its own."""
 
-    _twin: type  # the class of torch.nn that this one replaces
-    _cell: str  # name of the cell, as rnn_ext.ops knows it
-    _extra = None  # what torch.nn's layer has no equivalent of, in words
-    recurrent_init = None
-
-    def __init__(self, mode, *args, recurrent_init=None, **kwargs):
-        if checked_recurrent_init(self._get_name(), recurrent_init) is not None:
-            self.recurrent_init = recurrent_init
-        super().__init__(mode, *args, **kwargs)
+    def __init__(self, *args, recurrent_init=None, **kwargs):
+        self._keep_recurrent_init(recurrent_init)
+        super().__init__(*args, **kwargs)
 
     def reset_parameters(self):
         super().reset_parameters()
         if self.recurrent_init is not None:
             for names in self._all_weights:
                 recurrent_(getattr(self, names[1]), self.hidden_size, self.recurrent_init)
-
-    def extra_repr(self):
-        text = super().extra_repr()
-        if self.recurrent_init is not None:
-            text += f", recurrent_init={self.recurrent_init!r}"
-        return text
 
     def forward(self, input, hx=None, *, lengths=None):
         """Runs the layers over a sequence.
@@ -67,26 +50,19 @@ class RecurrentLayers(torch.nn.RNNBase):
     def _run(self, input, hx, lengths=None, return_cells=False):
         """(output, state, cells) of `forward`."""
         if isinstance(input, Proxy):
-            return self._trace_as_leaf(input, hx, lengths, return_cells)
+            cells = {"return_cells": True} if return_cells else {}
+            return self._as_leaf(input, hx=hx, lengths=lengths, **cells)
         if lengths is not None:
             return self._run_with_lengths(input, hx, lengths, return_cells)
         arranged = self._arrange(input, hx)
         if arranged is None:
-            return *self._run_twin(input, hx, "it takes this input, rnn_ext does not"), None
+            return *self._run_twin(input, hx), None
         x, batch_sizes, batch, states = arranged
         weights = self._weights()
-        run = None
-        reason = uncovered(
-            [x, *states, *[weight for group in weights for weight in group if weight is not None]]
-        )
+        extra = self._extra or ("return_cells=True" if return_cells else None)
+        reason, run = uncovered(x, states, weights), None
         if reason is not None:
-            extra = self._extra or ("return_cells=True" if return_cells else None)
-            backend = current()
-            if backend == "cpu":
-                raise RuntimeError(
-                    f"{self._get_name()}: the backend 'cpu' cannot run this: {reason}"
-                )
-            if backend == "auto" and extra is None:
+            if not self._must_compose(reason, extra):
                 return *self._run_twin(input, hx, reason), None
             self._update_flat_weights()
             self.check_input(x, batch_sizes)
@@ -105,10 +81,8 @@ class RecurrentLayers(torch.nn.RNNBase):
             return_cells=return_cells,
             run=run,
         )
-        if reason is not None and backend == "auto":
-            warn_once(
-                f"{self._get_name()} with {extra}: {reason}; composed of torch operations instead"
-            )
+        if reason is not None:
+            self._warn_composed(reason, extra)
         state = self._joined(h_n, input)
         if self._cell == "lstm":
             state = state, self._joined(c_n, input)
@@ -159,10 +133,6 @@ class RecurrentLayers(torch.nn.RNNBase):
             states = [state.index_select(1, order) for state in states]
         return x, batch_sizes, batch, states
 
-    def _states(self, hx):
-        """``hx`` as a tuple of tensors, None if it is something else."""
-        return (hx,) if isinstance(hx, Tensor) else None
-
     def _initial(self, x, batch, states):
         """h_0 and c_0 of each layer and direction, as lists."""
         count = len(self._all_weights)
@@ -204,29 +174,27 @@ class RecurrentLayers(torch.nn.RNNBase):
             return joined if restore is None else joined.index_select(1, restore)
         return joined.squeeze(1) if input.dim() == 2 else joined
 
-    def _run_twin(self, input, hx, reason):
-        """torch.nn's forward on this module: its errors are the errors, its results come with a warning."""
-        result = self._twin.forward(self, input, hx)
-        if self._extra is not None:
-            raise RuntimeError(f"{self._get_name()} with {self._extra}: cannot run this: {reason}")
-        warn_once(f"{self._get_name()}: torch.nn's kernel serves instead: {reason}")
-        return result
-
     def _run_with_lengths(self, input, hx, lengths, return_cells):
         name = self._get_name()
         if isinstance(input, PackedSequence):
-            raise ValueError(f"{name}: lengths cannot be given for a PackedSequence, which has its own")
+            raise ValueError(
+                f"{name}: lengths cannot be given for a PackedSequence, which has its own"
+            )
         if self._arrange(input, hx) is None:
             return self._run(input, hx)
         if input.dim() == 2:
             raise ValueError(f"{name}: lengths needs batched 3-D input, got 2-D input")
+        self._update_flat_weights()
+        self.check_input(input, None)
         batch, steps = input.shape[:2] if self.batch_first else input.shape[1::-1]
-        lengths = torch.as_tensor(lengths)
+        lengths = torch.as_tensor(lengths, device="cpu")
         if lengths.dtype not in _INTEGERS and lengths.numel():
             raise ValueError(f"{name}: lengths must be integers, got {lengths.dtype}")
         if lengths.shape != (batch,):
-            raise ValueError(f"{name}: lengths must have shape [{batch}], got {list(lengths.shape)}")
-        lengths = lengths.to("cpu", torch.int64)
+            raise ValueError(
+                f"{name}: lengths must have shape [{batch}], got {list(lengths.shape)}"
+            )
+        lengths = lengths.long()
         if batch == 0 or lengths.min() == steps == lengths.max():
             return self._run(input, hx, None, return_cells)
         if lengths.min() < 1 or lengths.max() > steps:
@@ -241,21 +209,3 @@ class RecurrentLayers(torch.nn.RNNBase):
             for part in (output, cells)
         )
         return output, state, cells
-
-    def _trace_as_leaf(self, input, hx, lengths, return_cells):
-        """A call node for torch.fx, which treats torch.nn's layers as leaves, and only those."""
-        given = {"hx": hx, "lengths": lengths}
-        arguments = {name: value for name, value in given.items() if value is not None}
-        if return_cells:
-            arguments["return_cells"] = True
-        path = input.tracer.path_of_module(self)
-        return input.tracer.create_proxy("call_module", path, (input,), arguments)
-
-    def __prepare_scriptable__(self):
-        """What torch.jit.script compiles: the twin in torch.nn, with the same parameters."""
-        if self._extra is not None:
-            raise RuntimeError(f"{self._get_name()} with {self._extra} cannot be scripted")
-        warn_once(f"{self._get_name()}: torch.jit.script compiles torch.nn's kernel instead")
-        twin = copy.copy(self)
-        twin.__class__ = self._twin
-        return twin

@@ -5,17 +5,16 @@ torch.nn.RNN, LSTM and GRU.
 """
 
 import torch
-from torch import Tensor
 
 from .initialization import checked_forget_bias, forget_bias_
 from .layers import RecurrentLayers
 
 
 class _WithoutProjection(RecurrentLayers):
-    def __init__(self, mode, *args, **kwargs):
+    def __init__(self, *args, **kwargs):
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__(mode, *args, **kwargs)
+        super().__init__(*args, **kwargs)
 
 
 class RNN(_WithoutProjection):
@@ -56,11 +55,11 @@ class RNN(_WithoutProjection):
 
     @property
     def _cell(self):
-        return f"rnn_{self.nonlinearity}"
+        return self.mode.lower()
 
     @property
     def _extra(self):
-        return "nonlinearity='sigmoid'" if self.nonlinearity == "sigmoid" else None
+        return "nonlinearity='sigmoid'" if self.mode == "RNN_SIGMOID" else None
 
     def extra_repr(self):
         text = super().extra_repr()
@@ -130,11 +129,6 @@ class LSTM(RecurrentLayers):
         """
         results = self._run(input, hx, lengths, return_cells)
         return results if return_cells else results[:2]
-
-    def _states(self, hx):
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            return None
-        return tuple(hx) if all(isinstance(state, Tensor) for state in hx) else None
 
 
 class GRU(_WithoutProjection):

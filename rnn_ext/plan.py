@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _C, functional
 from .backends import current, uncovered
-from .cells import _OneStep
+from .cells import OneStep
 from .layers import RecurrentLayers
 
 
@@ -74,7 +74,7 @@ def explain(module, input, hx=None):
             x, batch_sizes, batch, states = arranged
             steps = x.size(0) if batch_sizes is None else batch_sizes.numel()
             weights, directions = module._weights(), 2 if module.bidirectional else 1
-    elif isinstance(module, _OneStep):
+    elif isinstance(module, OneStep):
         arranged = states = module._arrange(input, hx)
         if arranged is not None:
             x, steps, batch = input, 1, input.size(0) if input.dim() == 2 else 1
@@ -87,9 +87,7 @@ def explain(module, input, hx=None):
     if arranged is None:
         raise ValueError(f"explain: {module} cannot take this input; calling it says why")
 
-    reason = uncovered(
-        [x, *states, *[weight for group in weights for weight in group if weight is not None]]
-    )
+    reason = uncovered(x, states, weights)
     plans = []
     for k, group in enumerate(weights):
         how = _choose(module, x.dtype, steps, batch, group, reason)

@@ -116,9 +116,7 @@ def build():
     stamp.parent.mkdir(exist_ok=True)
     stamp.unlink(missing_ok=True)
     log = stamp.with_name("build.log")
-    say(
-        f"building rnn_ext (a few minutes the first time; everything is in {log.relative_to(ROOT)})"
-    )
+    say(f"building rnn_ext, a minute or two the first time; log: {log.relative_to(ROOT)}")
     pip = [
         sys.executable,
         "-m",

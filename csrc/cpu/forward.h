@@ -135,16 +135,22 @@ class Forward {
     for (long i = 0; i < a_.steps.count; i += steps) {
       const long end = i + steps < a_.steps.count ? i + steps : a_.steps.count;
       const long low = a_.steps.reverse ? a_.steps.at(end - 1) : a_.steps.at(i);
-      const long base = keep_all_gates_ ? 0 : a_.steps.begin(low);
-      project(share, low, low + (end - i), base);
-      for (long j = i; j < end; j++) step(share, a_.steps.at(j), base);
+      project(share, low, low + (end - i));
+      for (long j = i; j < end; j++) step(share, a_.steps.at(j), low);
     }
   }
 
+  // Row of gates_ where step t of a chunk that starts at step `low` begins. Members that own rows run ahead of each
+  // other, so there a row must have the same place in every chunk.
+  long gates_row(const Share& share, long t, long low) const {
+    if (keep_all_gates_) return a_.steps.begin(t);
+    return share.split == Split::kRows ? (t - low) * a_.steps.batch : a_.steps.begin(t) - a_.steps.begin(low);
+  }
+
   // gates = x W for the steps [low, high), this member's part
-  void project(const Share& share, long low, long high, long base) const {
+  void project(const Share& share, long low, long high) const {
     const long p0 = share.panel_begin(input_.count()), p1 = share.panel_end(input_.count());
-    const auto rows = [&](long begin, long end) {
+    const auto rows = [&](long begin, long end, long base) {
       for (long m = begin; m < end; m += kProjectionRows) {
         const long stop = m + kProjectionRows < end ? m + kProjectionRows : end;
         for (long p = p0; p < p1; p++)
@@ -155,21 +161,22 @@ class Forward {
       }
     };
     if (share.split != Split::kRows) {
-      rows(a_.steps.begin(low), a_.steps.begin(high));
+      rows(a_.steps.begin(low), a_.steps.begin(high), a_.steps.begin(low) - gates_row(share, low, low));
     } else {
       for (long t = low; t < high; t++)
-        rows(a_.steps.begin(t) + share.row_begin(), a_.steps.begin(t) + share.row_end(a_.steps.rows(t)));
+        rows(a_.steps.begin(t) + share.row_begin(), a_.steps.begin(t) + share.row_end(a_.steps.rows(t)),
+             a_.steps.begin(t) - gates_row(share, t, low));
     }
   }
 
-  void step(const Share& share, long t, long base) const {
+  void step(const Share& share, long t, long low) const {
     const long rows = a_.steps.rows(t), carried = a_.steps.carried(t), at = a_.steps.begin(t);
     const long before = carried ? a_.steps.begin(a_.steps.previous(t)) : 0;
     ForwardView<real> v{};
     v.hidden = hidden_;
     v.output = output_;
     v.gates_width = width_;
-    v.gates = gates_ + (at - base) * width_;
+    v.gates = gates_ + gates_row(share, t, low) * width_;
     v.bias = bias_;
     v.hidden_bias = hidden_bias_;
     v.h = a_.out + at * output_;

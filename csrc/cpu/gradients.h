@@ -17,7 +17,7 @@ struct Rows {
 template <class real>
 class WeightGradient {
   static constexpr int lanes = kLanes<real>, width = 2 * lanes, strip = kTileRows<2>;
-  static constexpr long kDepth = kSumLength, kStrips = 20;
+  static constexpr long kDepth = 128, kStrips = 20;
 
  public:
   static size_t scratch() { return size_t(kStrips) * strip * kDepth + strip + kDepth * width; }
@@ -85,6 +85,21 @@ class WeightGradient {
   }
 };
 
+// Sum of one register's columns over rows, halved again and again: the rounding error grows with log(rows).
+template <class real>
+RNN_EXT_NOINLINE void sum_rows(const real* first, long stride, long rows, int lanes, Vec<real>& sum) {
+  constexpr long kFew = 16;
+  sum = Vec<real>{};
+  if (rows <= kFew) {
+    for (long k = 0; k < rows; k++) sum += load(first + k * stride, lanes);
+    return;
+  }
+  Vec<real> low, high;
+  sum_rows(first, stride, rows / 2, lanes, low);
+  sum_rows(first + rows / 2 * stride, stride, rows - rows / 2, lanes, high);
+  sum = low + high;
+}
+
 // out[weight_row + u] = sum over rows of delta[row, delta_column + u], for u in [begin, end)
 template <class real>
 RNN_EXT_NOINLINE void bias_gradient(const Segment& segment, long begin, long end, const real* delta, long delta_width,
@@ -92,13 +107,8 @@ RNN_EXT_NOINLINE void bias_gradient(const Segment& segment, long begin, long end
   constexpr int w = kLanes<real>;
   for (long u = begin; u < end; u += w) {
     const int lanes = end - u < w ? int(end - u) : w;
-    Vec<real> sum{};
-    for (long k = 0; k < rows;) {
-      Vec<real> part{};
-      const long stop = k + kSumLength < rows ? k + kSumLength : rows;
-      for (; k < stop; k++) part += load(delta + k * delta_width + segment.delta_column + u, lanes);
-      sum += part;
-    }
+    Vec<real> sum;
+    sum_rows(delta + segment.delta_column + u, delta_width, rows, lanes, sum);
     store(out + segment.weight_row + u, sum, lanes);
   }
 }

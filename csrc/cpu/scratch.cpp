@@ -1,6 +1,8 @@
 #include "scratch.h"
 
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace rnn_ext {
@@ -21,21 +23,23 @@ struct Kept {
   ~Kept() { std::free(data); }
 };
 thread_local Kept kept;
+std::atomic<bool> poisoned{false};
 }  // namespace
 
 Scratch::Scratch(size_t bytes) : owned_(bytes > kKeptBytes || kept.in_use) {
   if (owned_) {
     data_ = allocate(bytes);
-    return;
+  } else {
+    if (kept.bytes < bytes) {
+      char* larger = allocate(bytes);
+      std::free(kept.data);
+      kept.data = larger;
+      kept.bytes = bytes;
+    }
+    kept.in_use = true;
+    data_ = kept.data;
   }
-  if (kept.bytes < bytes) {
-    char* larger = allocate(bytes);
-    std::free(kept.data);
-    kept.data = larger;
-    kept.bytes = bytes;
-  }
-  kept.in_use = true;
-  data_ = kept.data;
+  if (poisoned) std::memset(data_, 0xff, bytes);  // all ones is a NaN
 }
 
 Scratch::~Scratch() {
@@ -44,5 +48,7 @@ Scratch::~Scratch() {
   else
     kept.in_use = false;
 }
+
+void Scratch::poison(bool on) { poisoned = on; }
 
 }  // namespace rnn_ext

@@ -29,6 +29,8 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   char* data() const { return data_; }
+  // For tests: fill what is handed out with NaN, so that a read of memory never written shows.
+  static void poison(bool on);
 
  private:
   char* data_;

@@ -76,7 +76,10 @@ struct VectorMath {
     magnitude = magnitude > limit ? limit : magnitude;
     const SplitExp<real> e(magnitude * -2);
     const V expm1 = e.expm1_r * e.scale + (e.scale - 1);  // of -2 |x|, in (-1, 0]
-    return (V)((Bits)(-expm1 / (expm1 + 2)) | sign);
+    // -expm1 / (expm1 + 2) is exact near 0, 1 - 2 exp / (expm1 + 2) near 1, where rounding expm1 would cost a digit.
+    const V middle = real(0.55) - V{};
+    const V quotient = (magnitude > middle ? 2 * (e.expm1_r * e.scale + e.scale) : -expm1) / (expm1 + 2);
+    return (V)((Bits)(magnitude > middle ? 1 - quotient : quotient) | sign);
   }
 };
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "../cpu/dispatch.h"
+#include "../cpu/scratch.h"
 #include "layer.h"
 
 namespace py = pybind11;
@@ -79,4 +80,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &available_isas);
   m.def("cpu_isa", [] { return std::string(active_kernels().name); });
   m.def("set_cpu_isa", &set_isa);
+  m.def("poison_scratch", &Scratch::poison);
 }

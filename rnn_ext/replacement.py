@@ -1,0 +1,79 @@
+"""What stands in for a class of torch.nn has in common, layer or cell."""
+
+import copy
+
+from torch import Tensor
+
+from .backends import current, warn_once
+from .initialization import checked_recurrent_init
+
+
+class Replacement:
+    """Mixed into a module whose ``_twin`` of torch.nn runs on the same attributes.
+
+    Input that the kernels do not take goes through the twin's forward. If that refuses it, the error is
+    torch's own; if it serves it, a `FallbackWarning` says so.
+    """
+
+    _twin: type
+    _cell: str  # name of the cell, as rnn_ext.ops knows it
+    _extra = None  # what the twin has no equivalent of, in words
+    recurrent_init = None
+
+    def _keep_recurrent_init(self, kind):
+        """To be called before the constructor of torch.nn, which initializes."""
+        if checked_recurrent_init(self._get_name(), kind) is not None:
+            self.recurrent_init = kind
+
+    def extra_repr(self):
+        text = super().extra_repr()
+        if self.recurrent_init is not None:
+            text += f", recurrent_init={self.recurrent_init!r}"
+        return text
+
+    def _states(self, hx):
+        """``hx`` as a tuple of tensors, None if it is something else."""
+        if self._cell != "lstm":
+            return (hx,) if isinstance(hx, Tensor) else None
+        pair = isinstance(hx, (tuple, list)) and len(hx) == 2
+        return (
+            tuple(hx) if pair and isinstance(hx[0], Tensor) and isinstance(hx[1], Tensor) else None
+        )
+
+    def _must_compose(self, reason, extra):
+        """Whether what has no kernel for ``reason`` is composed of torch operations, not run by the twin."""
+        backend = current()
+        if backend == "cpu":
+            raise RuntimeError(f"{self._get_name()}: the backend 'cpu' cannot run this: {reason}")
+        return extra is not None or backend == "reference"
+
+    def _warn_composed(self, reason, extra):
+        if current() == "auto":
+            warn_once(
+                f"{self._get_name()} with {extra}: {reason}; composed of torch operations instead"
+            )
+
+    def _run_twin(self, input, hx, reason="it takes this input, rnn_ext does not"):
+        result = self._twin.forward(self, input, hx)
+        if self._extra is not None:
+            raise RuntimeError(f"{self._get_name()} with {self._extra}: cannot run this: {reason}")
+        warn_once(f"{self._get_name()}: torch.nn's kernel serves instead: {reason}")
+        return result
+
+    def _as_leaf(self, proxy, **arguments):
+        """A call node for torch.fx, which treats torch.nn's modules as leaves, and only those."""
+        given = {name: value for name, value in arguments.items() if value is not None}
+        path = proxy.tracer.path_of_module(self)
+        return proxy.tracer.create_proxy("call_module", path, (proxy,), given)
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script compiles: the twin, with the same parameters."""
+        if self._extra is not None:
+            raise RuntimeError(f"{self._get_name()} with {self._extra} cannot be scripted")
+        warn_once(
+            f"{self._get_name()}: torch.jit.script puts torch.nn's in its place, in the scripted model and "
+            "in the original; rnn_ext.accelerate(original) undoes that"
+        )
+        twin = copy.copy(self)
+        twin.__class__ = self._twin
+        return twin

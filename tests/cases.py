@@ -1,0 +1,151 @@
+"""The cells and shapes that tests run over, and one way to run a layer on each side."""
+
+from dataclasses import dataclass
+
+import torch
+
+from rnn_ext import composite, ops, reference
+
+CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "lstm_projected", "gru", "gru_reset_before")
+GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3}
+TORCH = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# T, B, I, H: single entries, tails of every vector width, many rows, one row, more units than fit a tile.
+SHAPES = (
+    (1, 1, 1, 1),
+    (1, 5, 3, 16),
+    (5, 3, 7, 5),
+    (3, 2, 40, 17),
+    (9, 1, 16, 64),
+    (4, 13, 31, 33),
+    (2, 41, 8, 70),
+    (3, 4, 5, 300),
+)
+NAMES = ("input", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+RESULTS = ("output", "h_n", "c_n", "cells")
+
+
+@dataclass
+class Case:
+    """Arguments of ``ops.layer`` (None where the cell has none) and gradients of its results."""
+
+    cell: str
+    tensors: list
+    batch_sizes: torch.Tensor | None
+    reverse: bool
+    upstream: list
+
+    def to(self, dtype):
+        def convert(tensors):
+            return [None if t is None else t.to(dtype) for t in tensors]
+
+        return Case(
+            self.cell, convert(self.tensors), self.batch_sizes, self.reverse, convert(self.upstream)
+        )
+
+
+def make_case(cell, shape, *, bias=True, ragged=False, reverse=False, seed=0):
+    """A random case whose numbers are exact in bfloat16, so that every dtype starts from the same ones."""
+    steps, batch, inputs, hidden = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size, bound=1.0):
+        values = (torch.rand(*size, generator=generator, dtype=torch.float64) * 2 - 1) * bound
+        return values.bfloat16().double()
+
+    projected = cell == "lstm_projected"
+    cell = "lstm" if projected else cell
+    outputs = max(1, hidden // 2) if projected else hidden
+    rows, batch_sizes = (steps, batch), None
+    if ragged:
+        lengths = torch.randint(1, steps + 1, (batch,), generator=generator)
+        lengths[0] = steps
+        batch_sizes = torch.stack([(lengths > t).sum() for t in range(steps)])
+        rows = (int(batch_sizes.sum()),)
+    gates, bound = GATES.get(cell, 1) * hidden, hidden**-0.5
+    lstm = cell == "lstm"
+    tensors = [
+        random(*rows, inputs),
+        random(batch, outputs),
+        random(batch, hidden) if lstm else None,
+        random(gates, inputs, bound=bound),
+        random(gates, outputs, bound=bound),
+        random(gates, bound=bound) if bias else None,
+        random(gates, bound=bound) if bias else None,
+        random(outputs, hidden, bound=bound) if projected else None,
+    ]
+    upstream = [random(*rows, outputs), random(batch, outputs)]
+    upstream += [random(batch, hidden), random(*rows, hidden)] if lstm else [None, None]
+    return Case(cell, tensors, batch_sizes, reverse, upstream)
+
+
+def run(layer, case):
+    """Results and gradients of ``layer`` (``ops.layer`` or ``composite.layer``), each a dict by name."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case.tensors]
+    results = layer(case.cell, *leaves, batch_sizes=case.batch_sizes, reverse=case.reverse)
+    pairs = [(r, d) for r, d in zip(results, case.upstream) if d is not None]
+    torch.autograd.backward([r for r, _ in pairs], [d for _, d in pairs])
+    results = {n: r.detach() for n, r in zip(RESULTS, results) if r is not None}
+    return results, {n: t.grad for n, t in zip(NAMES, leaves) if t is not None}
+
+
+def run_ours(case):
+    return run(ops.layer, case)
+
+
+def run_torch(case):
+    """torch.nn's own kernels, or for what torch.nn lacks the same arithmetic in torch operations."""
+    kind, hidden = TORCH.get(case.cell), case.tensors[3].size(0) // GATES.get(case.cell, 1)
+    # torch.nn runs backwards only beside a forward direction, and wants projections narrower than the state.
+    if kind is None or case.reverse or (case.tensors[7] is not None and hidden == 1):
+        return run(composite.layer, case)
+
+    def layer(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
+        options = {"nonlinearity": cell[4:]} if kind == "RNN" else {}
+        if w_hr is not None:
+            options["proj_size"] = w_hr.size(0)
+        module = getattr(torch.nn, kind)(
+            input.size(-1), hidden, bias=b_ih is not None, dtype=input.dtype, **options
+        )
+        weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
+        named = dict(zip((name for name, _ in module.named_parameters()), weights))
+        hx = h0[None] if c0 is None else (h0[None], c0[None])
+        if batch_sizes is not None:
+            input = torch.nn.utils.rnn.PackedSequence(input, batch_sizes)
+        output, h = torch.func.functional_call(module, named, (input, hx))
+        output = output if batch_sizes is None else output.data
+        return (output, h[0], None) if c0 is None else (output, h[0][0], h[1][0])
+
+    def without_cells(case):
+        return Case(case.cell, case.tensors, case.batch_sizes, case.reverse, case.upstream[:3] + [None])
+
+    if case.cell != "lstm":
+        return run(_positional(layer), case)
+    # torch.nn has no gradient of the cell states: composite measures what that one costs.
+    results, _ = run(_positional(layer), without_cells(case))
+    composed, gradients = run(composite.layer, case)
+    return results | {"cells": composed["cells"]}, gradients
+
+
+def _positional(layer):
+    def call(cell, *tensors, batch_sizes, reverse):
+        return layer(cell, *tensors, batch_sizes, reverse)
+
+    return call
+
+
+def run_reference(case):
+    """The NumPy reference, as float64 tensors."""
+    arrays = [None if t is None else t.double().numpy() for t in case.tensors]
+    x, h0, c0, *weights = arrays
+    sizes = None if case.batch_sizes is None else case.batch_sizes.numpy()
+    result = reference.forward(case.cell, x, h0, c0, weights, batch_sizes=sizes, reverse=case.reverse)
+    gradients = reference.backward(
+        result, *(None if d is None else d.double().numpy() for d in case.upstream)
+    )
+
+    def tensors(record, names, keys):
+        values = {n: getattr(record, k) for n, k in zip(names, keys)}
+        return {n: torch.as_tensor(v) for n, v in values.items() if v is not None}
+
+    return tensors(result, RESULTS, RESULTS), tensors(gradients, NAMES, ("x", *NAMES[1:]))

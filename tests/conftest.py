@@ -1,0 +1,43 @@
+"""Shared by all tests: a fixed seed, and kernels whose working memory starts out as NaN."""
+
+import pytest
+import torch
+
+from rnn_ext import _C
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poisoned_scratch():
+    _C.poison_scratch(True)
+
+
+@pytest.fixture
+def nan_filled():
+    """Every tensor that torch allocates without a value is full of NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=_C.cpu_isas())
+def isa(request):
+    """Runs the test once for each instruction set of this CPU."""
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def threads(request):
+    """``request.param`` threads, by indirect parametrization."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -1,0 +1,80 @@
+"""Pairs of a layer of ours and torch.nn's with the same weights, and how they are compared."""
+
+import contextlib
+import sys
+import warnings
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten, tree_map
+
+import rnn_ext
+
+LAYERS = ("RNN", "LSTM", "GRU")
+CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+
+
+def twins(name, *args, dtype=torch.float64, **kwargs):
+    """(ours, torch.nn's) of class ``name``, made from the same seed."""
+    made = []
+    for library in (rnn_ext, torch.nn):
+        torch.manual_seed(0)
+        made.append(getattr(library, name)(*args, dtype=dtype, **kwargs))
+    return made
+
+
+def state(module, batch, dtype=torch.float64, requires_grad=False):
+    """A random initial state for ``module``; ``batch`` None leaves the batch out."""
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    lead = (rows,) if batch is None else (rows, batch)
+    widths = [module.proj_size or module.hidden_size]
+    if module.mode == "LSTM":
+        widths.append(module.hidden_size)
+    made = [torch.randn(*lead, width, dtype=dtype, requires_grad=requires_grad) for width in widths]
+    return tuple(made) if module.mode == "LSTM" else made[0]
+
+
+def tensors(results):
+    """The tensors in nested results, with the data of packed sequences."""
+    flat = tree_flatten(
+        tree_map(
+            lambda x: x.data if isinstance(x, PackedSequence) else x,
+            results,
+            is_leaf=lambda x: isinstance(x, PackedSequence),
+        )
+    )[0]
+    return [x for x in flat if isinstance(x, torch.Tensor)]
+
+
+def gradients(module, results, *inputs):
+    """Gradients of a fixed random function of ``results`` for the module's parameters and ``inputs``."""
+    outputs = [r for r in tensors(results) if r.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in outputs]
+    leaves = [*module.parameters(), *inputs]
+    return torch.autograd.grad(outputs, leaves, upstream, retain_graph=True, allow_unused=True)
+
+
+def assert_same(ours, theirs):
+    """The same structure, dtypes and, but for rounding, values: 1e-10 in float64, torch's default else."""
+    ours, theirs = tensors(ours), tensors(theirs)
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.isfinite(their).all()
+        tight = {"rtol": 1e-10, "atol": 1e-10} if their.dtype == torch.float64 else {}
+        torch.testing.assert_close(our, their, **tight)
+
+
+@contextlib.contextmanager
+def torch_nn_warnings_ignored():
+    """torch.nn says once that its own projected LSTM does not use oneDNN."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="LSTM with projections is not supported with oneDNN"
+        )
+        yield
+
+
+def forget_warnings():
+    """Lets every `FallbackWarning` be raised again."""
+    sys.modules["rnn_ext.backends"]._warned.clear()
