@@ -1,5 +1,7 @@
 """Who computes: the choice of a backend, what falls back and says so, autocast, and how to ask."""
 
+import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -232,7 +234,7 @@ def test_explain_says_what_runs_and_why():
 
 
 def test_explain_refuses_what_cannot_run():
-    with pytest.raises(TypeError, match="rnn_ext.accelerate"):
+    with pytest.raises(TypeError, match=r"rnn_ext\.accelerate"):
         explain(torch.nn.LSTM(4, 3), torch.randn(5, 2, 4))
     for module, shape in ((rnn_ext.LSTM(4, 3), (5, 2, 9)), (rnn_ext.LSTMCell(4, 3), (5, 2, 4))):
         with pytest.raises(ValueError, match="cannot take this input"):
@@ -281,3 +283,24 @@ def test_the_command_line_says_what_is_here():
     for text in (rnn_ext.__version__, torch.__version__, "backends", "cuda-persistent", "threads"):
         assert text in done.stdout
     assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("extension", "message"),
+    [
+        (None, "rnn_ext is not built: run `pip install"),
+        ("built_for_torch = '1.0'", "rnn_ext was built for torch 1.0, but this is torch"),
+        ("raise ImportError('x.so: undefined symbol: at')", "rnn_ext was built for another torch"),
+    ],
+)
+def test_a_missing_or_foreign_extension_is_named_at_import(tmp_path, extension, message):
+    source = pathlib.Path(rnn_ext.__file__).parent
+    shutil.copytree(source, tmp_path / "rnn_ext", ignore=shutil.ignore_patterns("_C.*"))
+    if extension is not None:
+        (tmp_path / "rnn_ext" / "_C.py").write_text(extension)
+    done = subprocess.run(
+        [sys.executable, "-c", "import rnn_ext"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: {message}") and "--force-reinstall" in last

@@ -1,4 +1,4 @@
-"""Our layers beside torch.nn's: construction, parameters, results and gradients for every kind of input."""
+"""Our layers beside torch.nn's: parameters, results and gradients for every kind of input."""
 
 import copy
 import io
@@ -149,7 +149,7 @@ def test_views_in_memory(name):
         for module in (ours, theirs):
             leaf = input.detach().requires_grad_()
             output = module(leaf, hx)[0]
-            # sum() sends back an expanded gradient, the product with a transposed one a strided one.
+            # sum() sends back an expanded gradient, the product with a permuted tensor a strided one.
             weight = torch.arange(45.0, dtype=torch.float64).view(3, 3, 5).permute(2, 1, 0)
             loss = output.sum() + (output * weight).sum()
             grads.append(torch.autograd.grad(loss, [leaf, *module.parameters()]))
@@ -253,7 +253,7 @@ def test_weights_that_are_not_parameters(name):
         torch.nn.utils.parametrize.remove_parametrizations(module, "weight_hh_l1")
     assert_same(ours(input), theirs(input))
 
-    # Weight dropping as older language models do it: the parameter under another name, a tensor in its place.
+    # Weight dropping as in older language models: a tensor in place of the renamed parameter.
     for module in (ours, theirs):
         raw = torch.nn.Parameter(module.weight_ih_l1.detach())
         del module._parameters["weight_ih_l1"]

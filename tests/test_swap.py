@@ -213,7 +213,7 @@ def test_accelerate_and_errors_once_torch_nn_is_ours(request):
     layer, half = torch.nn.GRU(4, 3), torch.nn.LSTMCell(4, 3).half()
     request.getfixturevalue("torch_nn_is_ours")
     assert type(rnn_ext.accelerate(layer)) is rnn_ext.GRU
-    with pytest.raises(RuntimeError, match="input.size"):
+    with pytest.raises(RuntimeError, match=r"input\.size"):
         layer(torch.randn(5, 2, 9))
     with pytest.raises(RuntimeError, match="inconsistent input_size"):
         rnn_ext.accelerate(half)(torch.randn(2, 9).half())

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from twins import CELLS, LAYERS, assert_same, gradients, tensors, torch_nn_warnings_ignored
 
 import rnn_ext
@@ -25,7 +26,7 @@ INFOS = {
 
 
 def samples(name, dtype=torch.float64, requires_grad=False, training=True):
-    """(constructor arguments, forward arguments, reference function) of every sample of class ``name``."""
+    """(constructor arguments, forward arguments, reference function) of each sample of ``name``."""
     info = INFOS[name]
     assert dtype in info.supported_dtypes("cpu")
     options = {"with_packed_sequence": True} if name in ("RNN", "GRU") else {}
@@ -94,11 +95,10 @@ def test_gradcheck(name):
         if any(isinstance(argument, PackedSequence) for argument in forward.args):
             continue  # held against torch.nn above
         module = make(getattr(rnn_ext, name), construction, torch.float64)
-        leaves = tensors(forward.args)
-        structure = torch.utils._pytree.tree_structure(forward.args)
+        leaves, structure = tree_flatten(forward.args)
 
-        def run(*flat, module=module, count=len(leaves), structure=structure):
-            args = torch.utils._pytree.tree_unflatten(list(flat[:count]), structure)
+        def run(*flat, module=module, structure=structure):
+            args = tree_unflatten(flat[: structure.num_leaves], structure)
             return tuple(tensors(module(*args)))
 
         inputs = (*leaves, *module.parameters())

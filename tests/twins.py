@@ -47,7 +47,7 @@ def tensors(results):
 
 
 def gradients(module, results, *inputs):
-    """Gradients of a fixed random function of ``results`` for the module's parameters and ``inputs``."""
+    """Gradients of a fixed function of ``results`` for the module's parameters and ``inputs``."""
     outputs = [r for r in tensors(results) if r.requires_grad]
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in outputs]
@@ -56,7 +56,7 @@ def gradients(module, results, *inputs):
 
 
 def assert_same(ours, theirs):
-    """The same structure, dtypes and, but for rounding, values: 1e-10 in float64, torch's default else."""
+    """Same dtypes and, but for rounding, values: to 1e-10 in float64, else to torch's default."""
     ours, theirs = tensors(ours), tensors(theirs)
     assert len(ours) == len(theirs)
     for our, their in zip(ours, theirs, strict=True):
