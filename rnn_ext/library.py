@@ -1,8 +1,8 @@
-"""The layer's kernels as operators of ``torch.library``, which torch.compile and torch.export can trace.
+"""The layer's kernels as operators of ``torch.library``, for torch.compile and torch.export.
 
-``rnn_ext::layer`` and ``rnn_ext::layer_backward`` have fake kernels (shapes alone) and autograd. An operator's
-results alias nothing: what is absent is an empty tensor, and so is ``states`` (``wide_cells``) where it would
-repeat ``output`` (``cells``).
+``rnn_ext::layer`` and ``rnn_ext::layer_backward`` have fake kernels (shapes alone) and autograd.
+An operator's results alias nothing: what is absent is an empty tensor, and so is ``states``
+(``wide_cells``) where it would repeat ``output`` (``cells``).
 """
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from . import _C
 
 _TENSORS = (
-    "Tensor input, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr"
+    "Tensor input, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
+    "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr"
 )
 _SAVED = "Tensor states, Tensor wide_cells, Tensor gates, Tensor middle"
 _GRADIENTS = "Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cells"
@@ -71,8 +72,8 @@ def _(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
 @torch.library.custom_op(
     "rnn_ext::layer_backward",
     mutates_args=(),
-    schema=f"(str cell, {_TENSORS}, Tensor? batch_sizes, bool reverse, Tensor output, Tensor cells, "
-    f"{_SAVED}, {_GRADIENTS}, bool[] wanted) -> Tensor[]",
+    schema=f"(str cell, {_TENSORS}, Tensor? batch_sizes, bool reverse, "
+    f"Tensor output, Tensor cells, {_SAVED}, {_GRADIENTS}, bool[] wanted) -> Tensor[]",
 )
 def _layer_backward(
     cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, output, cells,
@@ -104,7 +105,7 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     cell, *tensors, batch_sizes, reverse = inputs
-    shown, h_n, c_n, cells, *saved = output
+    shown, _, _, cells, *saved = output
     ctx.options = cell, reverse
     ctx.save_for_backward(*tensors, batch_sizes, shown, cells, *saved)
     ctx.set_materialize_grads(False)

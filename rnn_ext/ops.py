@@ -3,14 +3,14 @@
 `layer` takes the shortest way that is right for the call:
 
 - nobody asks for gradients: the kernel alone;
-- gradients: an autograd Function over the forward and backward kernels; with ``create_graph=True`` its
-  backward recomputes through ``composite``, whose operations torch can differentiate again;
+- gradients: an autograd Function over the forward and backward kernels; with
+  ``create_graph=True`` its backward recomputes through ``composite``, whose operations torch can
+  differentiate again;
 - torch.compile and torch.export: the same kernels as operators of ``torch.library`` (library.py);
 - the backend "reference", forward-mode derivatives and torch.func transforms: ``composite``.
 """
 
 import torch
-from torch import Tensor
 
 from . import _C, backends, composite, library
 
@@ -47,9 +47,9 @@ def layer(
         return_cells: make sure that the fourth result is there.
 
     Returns:
-        ``(output, h_n, c_n, cells)``: [T, B, P] or [N, P]; [B, P]; [B, H] of the LSTM; every c_t, laid out like
-        output, of the LSTM, None where nobody asked for gradients or ``return_cells``. h_n and c_n are states
-        after a sequence's last step in walking order.
+        ``(output, h_n, c_n, cells)``: [T, B, P] or [N, P]; [B, P]; [B, H] of the LSTM; every c_t of
+        the LSTM, laid out like output, None where nobody asked for gradients or ``return_cells``.
+        h_n and c_n are the states after a sequence's last step in walking order.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit together.

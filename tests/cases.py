@@ -10,7 +10,7 @@ CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "lstm_projected", "gru",
 GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3}
 TORCH = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-# T, B, I, H: single entries, tails of every vector width, many rows, one row, more units than fit a tile.
+# T, B, I, H: single entries, tails of every vector width, many rows, one row, many units.
 SHAPES = (
     (1, 1, 1, 1),
     (1, 5, 3, 16),
@@ -45,7 +45,7 @@ class Case:
 
 
 def make_case(cell, shape, *, bias=True, ragged=False, reverse=False, seed=0):
-    """A random case whose numbers are exact in bfloat16, so that every dtype starts from the same ones."""
+    """A random case in float64 whose numbers are exact in bfloat16: each dtype gets the same."""
     steps, batch, inputs, hidden = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -80,7 +80,7 @@ def make_case(cell, shape, *, bias=True, ragged=False, reverse=False, seed=0):
 
 
 def run(layer, case):
-    """Results and gradients of ``layer`` (``ops.layer`` or ``composite.layer``), each a dict by name."""
+    """Results and gradients of ``layer`` (``ops.layer`` or ``composite.layer``), dicts by name."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case.tensors]
     results = layer(case.cell, *leaves, batch_sizes=case.batch_sizes, reverse=case.reverse)
     pairs = [(r, d) for r, d in zip(results, case.upstream) if d is not None]
@@ -94,9 +94,9 @@ def run_ours(case):
 
 
 def run_torch(case):
-    """torch.nn's own kernels, or for what torch.nn lacks the same arithmetic in torch operations."""
+    """torch.nn's own kernels, or for what torch.nn lacks, the same arithmetic by ``composite``."""
     kind, hidden = TORCH.get(case.cell), case.tensors[3].size(0) // GATES.get(case.cell, 1)
-    # torch.nn runs backwards only beside a forward direction, and wants projections narrower than the state.
+    # torch.nn runs backwards only beside a forward direction, and projects to fewer units only.
     if kind is None or case.reverse or (case.tensors[7] is not None and hidden == 1):
         return run(composite.layer, case)
 
@@ -117,7 +117,9 @@ def run_torch(case):
         return (output, h[0], None) if c0 is None else (output, h[0][0], h[1][0])
 
     def without_cells(case):
-        return Case(case.cell, case.tensors, case.batch_sizes, case.reverse, case.upstream[:3] + [None])
+        return Case(
+            case.cell, case.tensors, case.batch_sizes, case.reverse, [*case.upstream[:3], None]
+        )
 
     if case.cell != "lstm":
         return run(_positional(layer), case)
@@ -139,7 +141,9 @@ def run_reference(case):
     arrays = [None if t is None else t.double().numpy() for t in case.tensors]
     x, h0, c0, *weights = arrays
     sizes = None if case.batch_sizes is None else case.batch_sizes.numpy()
-    result = reference.forward(case.cell, x, h0, c0, weights, batch_sizes=sizes, reverse=case.reverse)
+    result = reference.forward(
+        case.cell, x, h0, c0, weights, batch_sizes=sizes, reverse=case.reverse
+    )
     gradients = reference.backward(
         result, *(None if d is None else d.double().numpy() for d in case.upstream)
     )

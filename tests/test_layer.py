@@ -1,4 +1,4 @@
-"""The product cell x instruction set x dtype x shape: every result and every gradient of one layer."""
+"""Cell x instruction set x dtype x shape: every result and every gradient of one layer."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_long_sums_keep_the_bound(isa, cell):
     check(make_case(cell, (3, 3, 64, 1024)), torch.float32)
 
 
-# Enough work for a team: hidden units split (few rows), rows split (many), more threads than panels of units.
+# Enough work for a team: hidden units split, rows split, more threads than panels of units.
 @pytest.mark.parametrize("threads", [1, 2, 3, 7], indirect=True)
 @pytest.mark.parametrize("shape", [(12, 6, 40, 170), (6, 130, 20, 40), (150, 2, 90, 112)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
@@ -75,9 +75,7 @@ def test_threads_share_ragged_batches(cell, batch, reverse, threads, nan_filled)
 @settings(max_examples=150, deadline=None)
 @given(
     cell=st.sampled_from(CELLS),
-    shape=st.tuples(
-        st.integers(1, 7), st.integers(1, 30), st.integers(1, 40), st.integers(1, 70)
-    ),
+    shape=st.tuples(st.integers(1, 7), st.integers(1, 30), st.integers(1, 40), st.integers(1, 70)),
     bias=st.booleans(),
     ragged=st.booleans(),
     reverse=st.booleans(),
@@ -124,7 +122,9 @@ def test_gradcheck(cell):
 def test_every_subset_of_gradients_is_right(cell):
     case = make_case(cell, (4, 3, 5, 18)).to(torch.float32)
     _, everything = run_ours(case)
-    present = {n: i for i, n in enumerate(("input", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr"))}
+    present = {
+        n: i for i, n in enumerate(("input", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr"))
+    }
     for name, index in present.items():
         if case.tensors[index] is None:
             continue

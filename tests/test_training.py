@@ -20,7 +20,9 @@ def losses(library, name, options, steps=25):
     for step in range(steps):
         output, state = layer(inputs[step % 4], state)
         state = tuple(s.detach() for s in state) if name == "LSTM" else state.detach()
-        loss = torch.nn.functional.cross_entropy(head(output).flatten(0, 1), targets[step % 4].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            head(output).flatten(0, 1), targets[step % 4].flatten()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

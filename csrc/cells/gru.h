@@ -19,7 +19,8 @@ struct Gru {
   RNN_EXT_INLINE static R interpolate(R z, R n, R h_prev) { return n + z * (h_prev - n); }
 
   // delta_z, delta_n = dL/da of the gates z and n; carry = the part of dL/dh' that flows through z h'
-  RNN_EXT_INLINE static void interpolate_vjp(R z, R n, R h_prev, R dh, R& delta_z, R& delta_n, R& carry) {
+  RNN_EXT_INLINE static void interpolate_vjp(R z, R n, R h_prev, R dh, R& delta_z, R& delta_n,
+                                             R& carry) {
     carry = dh * z;
     delta_n = (dh - carry) * (1 - n * n);
     delta_z = carry * (h_prev - n) * (1 - z);
@@ -39,8 +40,8 @@ struct GruResetAfter : Gru<R> {
   }
 
   // delta.n belongs to the input's side, delta_hidden_n = r delta.n to the hidden side
-  RNN_EXT_INLINE static void vjp(const Gates& gates, R hidden_n, R h_prev, R dh, Gates& delta, R& delta_hidden_n,
-                                 R& carry) {
+  RNN_EXT_INLINE static void vjp(const Gates& gates, R hidden_n, R h_prev, R dh, Gates& delta,
+                                 R& delta_hidden_n, R& carry) {
     Gru<R>::interpolate_vjp(gates.z, gates.n, h_prev, dh, delta.z, delta.n, carry);
     delta_hidden_n = delta.n * gates.r;
     delta.r = delta_hidden_n * hidden_n * (1 - gates.r);

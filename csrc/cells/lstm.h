@@ -24,7 +24,8 @@ struct Lstm {
   }
 
   // dm = dL/dm and dc = dL/dc from later steps in; delta = dL/da and dc_prev = dL/dc' out
-  RNN_EXT_INLINE static void vjp(const Gates& gates, R c_prev, R c, R dm, R dc, Gates& delta, R& dc_prev) {
+  RNN_EXT_INLINE static void vjp(const Gates& gates, R c_prev, R c, R dm, R dc, Gates& delta,
+                                 R& dc_prev) {
     const R tanh_c = Math<R>::tanh(c);
     const R dm_o = dm * gates.o;
     dc += dm_o * (1 - tanh_c * tanh_c);

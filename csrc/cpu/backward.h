@@ -10,13 +10,15 @@
 namespace rnn_ext::RNN_EXT_TARGET {
 
 template <class real, class Cell, int phase>
-RNN_EXT_NOINLINE void finish_backward(const BackwardView<real>& view, long first, int rows, long panel, long units,
-                                      const real* products) {
+RNN_EXT_NOINLINE void finish_backward(const BackwardView<real>& view, long first, int rows,
+                                      long panel, long units, const real* products) {
   for (int i = 0; i < rows; i++)
-    for_units<real, PlainPanel>(panel, units, [&](int b, long block, int lanes) __attribute__((always_inline)) {
-      const Vec<real> product = products ? load(products + (i * 2 + b) * kLanes<real>) : Vec<real>{};
-      Cell::template backward<phase>(view, first + i, block, lanes, product);
-    });
+    for_units<real, PlainPanel>(
+        panel, units, [&](int b, long block, int lanes) __attribute__((always_inline)) {
+          const Vec<real> product =
+              products ? load(products + (i * 2 + b) * kLanes<real>) : Vec<real>{};
+          Cell::template backward<phase>(view, first + i, block, lanes, product);
+        });
 }
 
 template <class real, class Cell>
@@ -55,7 +57,8 @@ class Backward {
     first_.packed = arena.take<real>(ColumnPanels<real>::size(first_.depth, first_.columns));
     if constexpr (Cell::phases == 2)
       second_.packed = arena.take<real>(ColumnPanels<real>::size(second_.depth, second_.columns));
-    if (a_.dx) input_.packed = arena.take<real>(ColumnPanels<real>::size(input_.depth, input_.columns));
+    if (a_.dx)
+      input_.packed = arena.take<real>(ColumnPanels<real>::size(input_.depth, input_.columns));
     delta_ = arena.take<real>(rows * delta_width_);
     if constexpr (projected) dh_ = arena.take<real>(rows * output_);
     carry_ = arena.take<real>(a_.steps.batch * output_);
@@ -67,7 +70,8 @@ class Backward {
     const Share share{member, member.count == 1 ? Split::kNone : a_.plan.split, a_.steps.batch};
     pack(first_, member, a_.weights.hh);
     if constexpr (Cell::phases == 2)
-      pack(second_, member, projected ? a_.weights.hr : a_.weights.hh + Cell::recurrent_gates * hidden_ * output_);
+      pack(second_, member,
+           projected ? a_.weights.hr : a_.weights.hh + Cell::recurrent_gates * hidden_ * output_);
     if (a_.dx) pack(input_, member, a_.weights.ih);
     if (a_.dw_hh) find_previous(member);
     member.wait();
@@ -79,7 +83,8 @@ class Backward {
       Segment segments[2];
       const int count = Cell::input_segments(hidden_, segments);
       const long rows = a_.steps.total();
-      input_gradient(segments, count, input_, member.begin(rows), member.end(rows), delta_, delta_width_, a_.dx);
+      input_gradient(segments, count, input_, member.begin(rows), member.end(rows), delta_,
+                     delta_width_, a_.dx);
     }
   }
 
@@ -93,7 +98,8 @@ class Backward {
       const long carried = a_.steps.carried(t);
       for (long r = 0; r < a_.steps.rows(t); r++)
         previous_[a_.steps.begin(t) + r] =
-            r < carried ? a_.out + (a_.steps.begin(a_.steps.previous(t)) + r) * output_ : a_.h0 + r * output_;
+            r < carried ? a_.out + (a_.steps.begin(a_.steps.previous(t)) + r) * output_
+                        : a_.h0 + r * output_;
     }
   }
 
@@ -120,7 +126,8 @@ class Backward {
     const long later = continuing ? a_.steps.begin(a_.steps.next(t)) : 0;
     const long r0 = share.row_begin(), r1 = share.row_end(rows);
     // A sequence has a previous step or not, and a next step or not: at most three ranges of rows.
-    const long low = continuing < carried ? continuing : carried, high = continuing < carried ? carried : continuing;
+    const long low = continuing < carried ? continuing : carried,
+               high = continuing < carried ? carried : continuing;
     const long cuts[] = {0, low, high, rows};
     for (int phase = 0; phase < Cell::phases; phase++) {
       for (int i = 0; i < 3; i++) {
@@ -131,28 +138,31 @@ class Backward {
         const bool has_next = begin < continuing;
         v.add_carry = Cell::carries || !has_next;
         if (phase == 0)
-          run_phase<0>(first_, share, v, has_next ? delta_ + later * delta_width_ : nullptr, delta_width_, begin, end);
+          run_phase<0>(first_, share, v, has_next ? delta_ + later * delta_width_ : nullptr,
+                       delta_width_, begin, end);
         else if constexpr (projected)
           run_phase<1>(second_, share, v, v.dh, output_, begin, end);
         else if constexpr (Cell::phases == 2)
           run_phase<1>(second_, share, v, v.delta + 2 * hidden_, delta_width_, begin, end);
       }
-      if (phase == 0 && a_.steps.exists(a_.steps.next(t))) starts(share, a_.steps.next(t), continuing);
+      if (phase == 0 && a_.steps.exists(a_.steps.next(t)))
+        starts(share, a_.steps.next(t), continuing);
       share.wait();
     }
   }
 
   // dh0 of the sequences from row `first` on, which start at step t
   void starts(const Share& share, long t, long first) const {
-    const long r0 = share.row_begin() > first ? share.row_begin() : first, r1 = share.row_end(a_.steps.rows(t));
+    const long r0 = share.row_begin() > first ? share.row_begin() : first,
+               r1 = share.row_end(a_.steps.rows(t));
     if (r0 >= r1) return;
     const real* operand = delta_ + a_.steps.begin(t) * delta_width_;
     alignas(64) real products[kTileRows<2> * width];
     const long p1 = share.panel_end(first_.count());
     for (long p = share.panel_begin(first_.count()); p < p1; p++)
       for_row_blocks(r0, r1, kTileRows<2>, [&](long row, int count) {
-        tile_long<real, 2>(count, first_.depth, operand + row * delta_width_, delta_width_, 1, first_.panel(p),
-                           products, width, false);
+        tile_long<real, 2>(count, first_.depth, operand + row * delta_width_, delta_width_, 1,
+                           first_.panel(p), products, width, false);
         for (int i = 0; i < count; i++)
           for_units<real, PlainPanel>(p, output_, [&](int b, long block, int n) {
             const long at = (row + i) * output_ + block * lanes;
@@ -164,16 +174,18 @@ class Backward {
   }
 
   template <int phase>
-  void run_phase(const ColumnPanels<real>& panels, const Share& share, const BackwardView<real>& view,
-                 const real* operand, long operand_width, long r0, long r1) const {
+  void run_phase(const ColumnPanels<real>& panels, const Share& share,
+                 const BackwardView<real>& view, const real* operand, long operand_width, long r0,
+                 long r1) const {
     alignas(64) real products[kTileRows<2> * width];
     const long p1 = share.panel_end(panels.count());
     for (long p = share.panel_begin(panels.count()); p < p1; p++)
       for_row_blocks(r0, r1, kTileRows<2>, [&](long first, int count) {
         if (operand)
-          tile_long<real, 2>(count, panels.depth, operand + first * operand_width, operand_width, 1, panels.panel(p),
-                             products, width, false);
-        finish_backward<real, Cell, phase>(view, first, count, p, panels.columns, operand ? products : nullptr);
+          tile_long<real, 2>(count, panels.depth, operand + first * operand_width, operand_width, 1,
+                             panels.panel(p), products, width, false);
+        finish_backward<real, Cell, phase>(view, first, count, p, panels.columns,
+                                           operand ? products : nullptr);
       });
   }
 
@@ -186,24 +198,24 @@ class Backward {
     for (int s = 0; s < inputs; s++) {
       const long begin = m.begin(segments[s].count), end = m.end(segments[s].count);
       if (a_.dw_ih)
-        WeightGradient<real>::run(segments[s], begin, end, delta_, delta_width_, {a_.x, input, nullptr}, rows, input,
-                                  a_.dw_ih, scratch);
+        WeightGradient<real>::run(segments[s], begin, end, delta_, delta_width_,
+                                  {a_.x, input, nullptr}, rows, input, a_.dw_ih, scratch);
       if (a_.db_ih) bias_gradient(segments[s], begin, end, delta_, delta_width_, rows, a_.db_ih);
     }
     const int recurrents = Cell::recurrent_segments(hidden_, segments);
     for (int s = 0; s < recurrents; s++) {
       const long begin = m.begin(segments[s].count), end = m.end(segments[s].count);
       if (a_.dw_hh)
-        WeightGradient<real>::run(segments[s], begin, end, delta_, delta_width_, {nullptr, 0, previous_}, rows, output_,
-                                  a_.dw_hh, scratch);
+        WeightGradient<real>::run(segments[s], begin, end, delta_, delta_width_,
+                                  {nullptr, 0, previous_}, rows, output_, a_.dw_hh, scratch);
       if (a_.db_hh) bias_gradient(segments[s], begin, end, delta_, delta_width_, rows, a_.db_hh);
     }
     const long h0 = m.begin(hidden_), h1 = m.end(hidden_);
     if constexpr (Cell::phases == 2 && !projected) {
       const Segment second{2 * hidden_, 2 * hidden_, hidden_};
       if (a_.dw_hh)
-        WeightGradient<real>::run(second, h0, h1, delta_, delta_width_, {a_.middle, hidden_, nullptr}, rows, hidden_,
-                                  a_.dw_hh, scratch);
+        WeightGradient<real>::run(second, h0, h1, delta_, delta_width_,
+                                  {a_.middle, hidden_, nullptr}, rows, hidden_, a_.dw_hh, scratch);
       if (a_.db_hh) bias_gradient(second, h0, h1, delta_, delta_width_, rows, a_.db_hh);
     }
     if constexpr (projected)

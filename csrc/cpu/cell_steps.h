@@ -35,7 +35,7 @@ struct BackwardView {
   const real *d_out, *d_c;  // or null
   real* delta;              // [delta_width]: dL/d(net input), gate after gate, unit stride
   real* dh;                 // projected LSTM: dL/dh, [output]
-  real* carry;              // dL/dh' that does not go through the product; dL/dh_n where a sequence ends
+  real* carry;  // dL/dh' that does not go through the product; dL/dh_n where a sequence ends
   bool add_carry;
   real* dc;
 };
@@ -46,7 +46,8 @@ struct Segment {
 };
 
 template <class real>
-RNN_EXT_INLINE Vec<real> upstream(const BackwardView<real>& v, long row, long unit, int lanes, Vec<real> product) {
+RNN_EXT_INLINE Vec<real> upstream(const BackwardView<real>& v, long row, long unit, int lanes,
+                                  Vec<real> product) {
   const long at = row * v.output + unit;
   if (v.d_out) product += load(v.d_out + at, lanes);
   if (v.add_carry) product += load(v.carry + at, lanes);
@@ -57,23 +58,26 @@ template <class real, class Activation>
 struct ElmanSteps {
   using V = Vec<real>;
   using Cell = Elman<V, Activation>;
-  using Gates = PanelShape<1, 2>;   // panels of W
-  using First = Gates;              // panels of the first recurrent product
+  using Gates = PanelShape<1, 2>;  // panels of W
+  using First = Gates;             // panels of the first recurrent product
   static constexpr int phases = 1, gates = 1, deltas = 1, recurrent_gates = 1;
-  static constexpr bool carries = false, keeps_gates = false, has_cell_state = false, split_bias = false;
+  static constexpr bool carries = false, keeps_gates = false, has_cell_state = false,
+                        split_bias = false;
   static constexpr bool keeps_middle = false;
   static int input_segments(long hidden, Segment* s) { return s[0] = {0, 0, hidden}, 1; }
   static int recurrent_segments(long hidden, Segment* s) { return s[0] = {0, 0, hidden}, 1; }
 
   template <int phase, bool save>
-  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes, const V* product) {
+  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,
+                                     const V* product) {
     const long unit = block * kLanes<real>;
     const V a = product[0] + load(v.gates + row * v.gates_width + unit) + load(v.bias + unit);
     store(v.h + row * v.hidden + unit, Cell::forward(a), lanes);
   }
 
   template <int phase>
-  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes, V product) {
+  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes,
+                                      V product) {
     const long unit = block * kLanes<real>;
     const V h = load(v.h + row * v.hidden + unit, lanes);
     const V dh = upstream(v, row, unit, lanes, product);
@@ -88,13 +92,15 @@ struct LstmSteps {
   using Gates = PanelShape<4, 1>;
   using First = Gates;
   static constexpr int phases = projected ? 2 : 1, gates = 4, deltas = 4, recurrent_gates = 4;
-  static constexpr bool carries = false, keeps_gates = true, has_cell_state = true, split_bias = false;
+  static constexpr bool carries = false, keeps_gates = true, has_cell_state = true,
+                        split_bias = false;
   static constexpr bool keeps_middle = projected;
   static int input_segments(long hidden, Segment* s) { return s[0] = {0, 0, 4 * hidden}, 1; }
   static int recurrent_segments(long hidden, Segment* s) { return s[0] = {0, 0, 4 * hidden}, 1; }
 
   template <int phase, bool save>
-  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes, const V* product) {
+  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,
+                                     const V* product) {
     constexpr int w = kLanes<real>;
     const long unit = block * w;
     if constexpr (phase == 1) {
@@ -103,7 +109,8 @@ struct LstmSteps {
     }
     real* g = v.gates + row * v.gates_width + unit * 4;
     const real* bias = v.bias + unit * 4;
-    typename Cell::Gates gates{product[0] + load(g) + load(bias), product[1] + load(g + w) + load(bias + w),
+    typename Cell::Gates gates{product[0] + load(g) + load(bias),
+                               product[1] + load(g + w) + load(bias + w),
                                product[2] + load(g + 2 * w) + load(bias + 2 * w),
                                product[3] + load(g + 3 * w) + load(bias + 3 * w)};
     const long at = row * v.hidden + unit;
@@ -120,7 +127,8 @@ struct LstmSteps {
   }
 
   template <int phase>
-  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes, V product) {
+  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes,
+                                      V product) {
     constexpr int w = kLanes<real>;
     const long unit = block * w;
     if constexpr (projected && phase == 0) {
@@ -152,7 +160,8 @@ struct GruSteps {
   using Gates = PanelShape<3, 1>;
   using First = Gates;
   static constexpr int phases = 1, gates = 3, deltas = 4, recurrent_gates = 3;
-  static constexpr bool carries = true, keeps_gates = true, has_cell_state = false, split_bias = true;
+  static constexpr bool carries = true, keeps_gates = true, has_cell_state = false,
+                        split_bias = true;
   static constexpr bool keeps_middle = true;
   static int input_segments(long hidden, Segment* s) {
     return s[0] = {0, 0, 2 * hidden}, s[1] = {3 * hidden, 2 * hidden, hidden}, 2;
@@ -160,12 +169,14 @@ struct GruSteps {
   static int recurrent_segments(long hidden, Segment* s) { return s[0] = {0, 0, 3 * hidden}, 1; }
 
   template <int phase, bool save>
-  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes, const V* product) {
+  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,
+                                     const V* product) {
     constexpr int w = kLanes<real>;
     const long unit = block * w;
     real* g = v.gates + row * v.gates_width + unit * 3;
     const real* bias = v.bias + unit * 3;
-    typename Cell::Gates gates{product[0] + load(g) + load(bias), product[1] + load(g + w) + load(bias + w),
+    typename Cell::Gates gates{product[0] + load(g) + load(bias),
+                               product[1] + load(g + w) + load(bias + w),
                                load(g + 2 * w) + load(bias + 2 * w)};
     const V hidden_n = product[2] + load(v.hidden_bias + unit);
     const long at = row * v.hidden + unit;
@@ -179,7 +190,8 @@ struct GruSteps {
   }
 
   template <int phase>
-  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes, V product) {
+  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes,
+                                      V product) {
     constexpr int w = kLanes<real>;
     const long unit = block * w, at = row * v.hidden + unit;
     const V dh = upstream(v, row, unit, lanes, product);
@@ -187,7 +199,8 @@ struct GruSteps {
     const typename Cell::Gates gates{load(g), load(g + w), load(g + 2 * w)};
     typename Cell::Gates delta;
     V delta_hidden_n, carry;
-    Cell::vjp(gates, load(v.middle + at, lanes), load(v.h_prev + at, lanes), dh, delta, delta_hidden_n, carry);
+    Cell::vjp(gates, load(v.middle + at, lanes), load(v.h_prev + at, lanes), dh, delta,
+              delta_hidden_n, carry);
     store(v.carry + at, carry, lanes);
     real* d = v.delta + row * v.delta_width + unit;
     store(d, delta.r, lanes);
@@ -204,13 +217,15 @@ struct GruResetBeforeSteps {
   using Gates = PanelShape<3, 1>;
   using First = PanelShape<2, 1>;
   static constexpr int phases = 2, gates = 3, deltas = 3, recurrent_gates = 2;
-  static constexpr bool carries = true, keeps_gates = true, has_cell_state = false, split_bias = false;
+  static constexpr bool carries = true, keeps_gates = true, has_cell_state = false,
+                        split_bias = false;
   static constexpr bool keeps_middle = true;
   static int input_segments(long hidden, Segment* s) { return s[0] = {0, 0, 3 * hidden}, 1; }
   static int recurrent_segments(long hidden, Segment* s) { return s[0] = {0, 0, 2 * hidden}, 1; }
 
   template <int phase, bool save>
-  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes, const V* product) {
+  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,
+                                     const V* product) {
     constexpr int w = kLanes<real>;
     const long unit = block * w, at = row * v.hidden + unit;
     real* g = v.gates + row * v.gates_width + unit * 3;
@@ -229,7 +244,8 @@ struct GruResetBeforeSteps {
   }
 
   template <int phase>
-  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes, V product) {
+  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes,
+                                      V product) {
     constexpr int w = kLanes<real>;
     const long unit = block * w, at = row * v.hidden + unit;
     const real* g = v.gates + row * v.gates_width + unit * 3;
@@ -237,8 +253,8 @@ struct GruResetBeforeSteps {
     real* d = v.delta + row * v.delta_width + unit;
     if constexpr (phase == 0) {
       V delta_z, delta_n, carry;
-      Cell::interpolate_vjp(load(g + w), load(g + 2 * w), h_prev, upstream(v, row, unit, lanes, product), delta_z,
-                            delta_n, carry);
+      Cell::interpolate_vjp(load(g + w), load(g + 2 * w), h_prev,
+                            upstream(v, row, unit, lanes, product), delta_z, delta_n, carry);
       store(v.carry + at, carry, lanes);
       store(d + v.hidden, delta_z, lanes);
       store(d + 2 * v.hidden, delta_n, lanes);

@@ -41,8 +41,8 @@ const Kernels& kernels_named(const std::string& name) {
     if (name == k->name) return *k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw std::invalid_argument("rnn_ext: the instruction set '" + name + "' is not available on this CPU; choose one of: " +
-                              names);
+  throw std::invalid_argument("rnn_ext: the instruction set '" + name +
+                              "' is not available on this CPU; choose one of: " + names);
 }
 
 void set_isa(const std::string& name) { active = &kernels_named(name); }

@@ -21,8 +21,12 @@ struct Share {
     const long end = split == Split::kRows ? member.end(batch) : rows;
     return end < rows ? end : rows;
   }
-  RNN_EXT_INLINE long panel_begin(long panels) const { return split == Split::kColumns ? member.begin(panels) : 0; }
-  RNN_EXT_INLINE long panel_end(long panels) const { return split == Split::kColumns ? member.end(panels) : panels; }
+  RNN_EXT_INLINE long panel_begin(long panels) const {
+    return split == Split::kColumns ? member.begin(panels) : 0;
+  }
+  RNN_EXT_INLINE long panel_end(long panels) const {
+    return split == Split::kColumns ? member.end(panels) : panels;
+  }
   RNN_EXT_INLINE void wait() const {
     if (split == Split::kColumns) member.wait();
   }
@@ -39,13 +43,13 @@ RNN_EXT_INLINE void for_units(long panel, long units, const Body& body) {
 
 // Reads: products [rows][Shape::vectors * kLanes]. Writes: what Cell::forward<phase> writes. One thread.
 template <class real, class Cell, class Shape, int phase, bool save>
-RNN_EXT_NOINLINE void finish_forward(const ForwardView<real>& view, long first, int rows, long panel, long units,
-                                     const real* products) {
+RNN_EXT_NOINLINE void finish_forward(const ForwardView<real>& view, long first, int rows,
+                                     long panel, long units, const real* products) {
   constexpr int stride = Shape::vectors * kLanes<real>;
   for (int i = 0; i < rows; i++)
     for_units<real, Shape>(panel, units, [&](int b, long block, int lanes) __attribute__((always_inline)) {
       Vec<real> product[Shape::gates];
-      RNN_EXT_UNROLL
+    RNN_EXT_UNROLL
       for (int g = 0; g < Shape::gates; g++)
         product[g] = load(products + i * stride + (b * Shape::gates + g) * kLanes<real>);
       Cell::template forward<phase, save>(view, first + i, block, lanes, product);

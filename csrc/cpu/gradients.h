@@ -23,21 +23,24 @@ class WeightGradient {
   static size_t scratch() { return size_t(kStrips) * strip * kDepth + strip + kDepth * width; }
 
   // Rows [begin, end) of a segment. One thread; `scratch` is its own.
-  RNN_EXT_NOINLINE static void run(const Segment& segment, long begin, long end, const real* delta, long delta_width,
-                                   const Rows<real>& x, long depth, long columns, real* out, real* scratch) {
+  RNN_EXT_NOINLINE static void run(const Segment& segment, long begin, long end, const real* delta,
+                                   long delta_width, const Rows<real>& x, long depth, long columns,
+                                   real* out, real* scratch) {
     real *strips = scratch, *panel = scratch + kStrips * strip * kDepth + strip;
     for (long m = begin; m < end; m += kStrips * strip) {
       const long rows = end - m < kStrips * strip ? end - m : kStrips * strip;
       for (long k = 0; k < depth; k += kDepth) {
         const long part = depth - k < kDepth ? depth - k : kDepth;
-        pack_strips(delta + k * delta_width + segment.delta_column + m, delta_width, rows, part, strips);
+        pack_strips(delta + k * delta_width + segment.delta_column + m, delta_width, rows, part,
+                    strips);
         for (long n = 0; n < columns; n += width) {
           const long wide = columns - n < width ? columns - n : width;
           pack_panel(x, k, part, n, wide, panel);
           real* to = out + (segment.weight_row + m) * columns + n;
           for (long s = 0; s * strip < rows; s++) {
             const int count = rows - s * strip < strip ? int(rows - s * strip) : strip;
-            accumulate(count, part, strips + s * strip * kDepth, panel, to + s * strip * columns, columns, wide, k > 0);
+            accumulate(count, part, strips + s * strip * kDepth, panel, to + s * strip * columns,
+                       columns, wide, k > 0);
           }
         }
       }
@@ -45,13 +48,13 @@ class WeightGradient {
   }
 
  private:
-  static void pack_strips(const real* delta, long delta_width, long rows, long depth, real* strips) {
+  static void pack_strips(const real* delta, long delta_width, long rows, long depth,
+                          real* strips) {
     for (long s = 0; s * strip < rows; s++) {
       const real* from = delta + s * strip;
       real* to = strips + s * strip * kDepth;
       if (rows - s * strip >= strip) {
-        for (long k = 0; k < depth; k++)
-          RNN_EXT_UNROLL
+        for (long k = 0; k < depth; k++) RNN_EXT_UNROLL
         for (int i = 0; i < strip; i++) to[k * strip + i] = from[k * delta_width + i];
       } else {
         for (long k = 0; k < depth; k++)

@@ -9,14 +9,14 @@
 #include "scratch.h"
 #include "team.h"
 
-#define RNN_EXT_DEFINE_KERNELS(isa, condition)                                             \
-  namespace rnn_ext {                                                                      \
-  extern const Kernels kernels_##isa;                                                      \
-  const Kernels kernels_##isa = {#isa,                                                     \
-                                 []() -> bool { return condition; },                       \
-                                 isa::gates_width_of,                                      \
-                                 isa::run_forward<float>,                                  \
-                                 isa::run_forward<double>,                                 \
-                                 isa::run_backward<float>,                                 \
-                                 isa::run_backward<double>};                               \
+#define RNN_EXT_DEFINE_KERNELS(isa, condition)                       \
+  namespace rnn_ext {                                                \
+  extern const Kernels kernels_##isa;                                \
+  const Kernels kernels_##isa = {#isa,                               \
+                                 []() -> bool { return condition; }, \
+                                 isa::gates_width_of,                \
+                                 isa::run_forward<float>,            \
+                                 isa::run_forward<double>,           \
+                                 isa::run_backward<float>,           \
+                                 isa::run_backward<double>};         \
   }

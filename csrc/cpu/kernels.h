@@ -35,7 +35,8 @@ void run_forward(CellKind kind, const ForwardArgs<real>& args) {
 
 template <class real>
 void run_backward(CellKind kind, const BackwardArgs<real>& args) {
-  with_cell<real>(kind, args.weights.hr, [&](auto cell) { Backward<real, decltype(cell)>(args).run(); });
+  with_cell<real>(kind, args.weights.hr,
+                  [&](auto cell) { Backward<real, decltype(cell)>(args).run(); });
 }
 
 template <class real>
@@ -43,13 +44,15 @@ long gates_width(CellKind kind, long hidden) {
   long width = 0;
   with_cell<real>(kind, false, [&](auto cell) {
     using Cell = decltype(cell);
-    if (Cell::keeps_gates) width = panels_of<real, typename Cell::Gates>(hidden) * Cell::Gates::vectors * kLanes<real>;
+    if (Cell::keeps_gates)
+      width = panels_of<real, typename Cell::Gates>(hidden) * Cell::Gates::vectors * kLanes<real>;
   });
   return width;
 }
 
 inline long gates_width_of(CellKind kind, long hidden, size_t real_bytes) {
-  return real_bytes == sizeof(float) ? gates_width<float>(kind, hidden) : gates_width<double>(kind, hidden);
+  return real_bytes == sizeof(float) ? gates_width<float>(kind, hidden)
+                                     : gates_width<double>(kind, hidden);
 }
 
 }  // namespace rnn_ext::RNN_EXT_TARGET

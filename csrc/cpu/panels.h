@@ -55,7 +55,7 @@ struct Panels {
         if (valid == lanes)
           for (; k + lanes <= depth; k += lanes) {
             Vec<real> square[lanes];
-            RNN_EXT_UNROLL
+    RNN_EXT_UNROLL
             for (int l = 0; l < lanes; l++) square[l] = load(from + l * depth + k);
             transpose<real>(square);
             RNN_EXT_UNROLL

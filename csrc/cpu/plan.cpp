@@ -22,7 +22,8 @@ Plan choose_plan(const PlanShape& s) {
   const long columns = (s.hidden + kUnitsPerColumn - 1) / kUnitsPerColumn;
 
   if (s.max_threads <= 1) return {1, Split::kNone, pack, "one thread is all there is"};
-  if (flops < kMinFlopsForTeam) return {1, Split::kNone, pack, "too little work for a team of threads"};
+  if (flops < kMinFlopsForTeam)
+    return {1, Split::kNone, pack, "too little work for a team of threads"};
 
   const long row_threads = s.batch / kMinRowsPerThread;
   const long weight_bytes = s.gates * s.hidden * s.output * s.real_bytes;

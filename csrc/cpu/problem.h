@@ -13,9 +13,9 @@ enum class CellKind { kRnnTanh, kRnnRelu, kRnnSigmoid, kLstm, kGru, kGruResetBef
 // The time axis. Rows of step t are offsets[t] .. offsets[t + 1]; row r of a step belongs to sequence r, and the
 // number of rows never grows with t (the layout of a PackedSequence; a padded batch has B rows at every step).
 struct Steps {
-  long count, batch;      // T, B
-  const int64_t* offsets; // [T + 1]
-  bool reverse;           // time runs from T - 1 to 0
+  long count, batch;       // T, B
+  const int64_t* offsets;  // [T + 1]
+  bool reverse;            // time runs from T - 1 to 0
 
   long at(long i) const { return reverse ? count - 1 - i : i; }  // the i-th step in running order
   long begin(long t) const { return offsets[t]; }
@@ -57,10 +57,12 @@ struct ForwardArgs {
   const real* h0;  // [B, P]
   const real* c0;  // [B, H], LSTM
   real* out;       // [N, P]
-  real* c;         // LSTM: [N, H] when saving; otherwise [B, H], holding c0 on entry and c_n afterwards
-  real* gates;     // saving, cells with gates: [N, gates_width] activations in panel order; otherwise null
-  real* middle;    // saving: [N, H]: GRU's U_n h' + b_rn, reset-before GRU's r h', projected LSTM's o tanh(c)
-  bool save;       // keep what the backward pass needs
+  real* c;  // LSTM: [N, H] when saving; otherwise [B, H], holding c0 on entry and c_n afterwards
+  real*
+      gates;  // saving, cells with gates: [N, gates_width] activations in panel order; otherwise null
+  real*
+      middle;  // saving: [N, H]: GRU's U_n h' + b_rn, reset-before GRU's r h', projected LSTM's o tanh(c)
+  bool save;  // keep what the backward pass needs
   Plan plan;
 };
 
@@ -70,11 +72,11 @@ struct BackwardArgs {
   Sizes sizes;
   Weights<real> weights;
   const real *x, *h0, *c0, *out, *c, *gates, *middle;  // as in ForwardArgs, saved
-  const real* d_out;  // [N, P] or null (zero)
-  const real* d_hn;   // [B, P] or null
-  const real* d_c;    // [N, H] or null: gradient of every c_t
-  real* dc;           // LSTM: [B, H], dL/dc_n on entry, dL/dc0 afterwards
-  real* dh0;          // [B, P], always written
+  const real* d_out;                                   // [N, P] or null (zero)
+  const real* d_hn;                                    // [B, P] or null
+  const real* d_c;                                     // [N, H] or null: gradient of every c_t
+  real* dc;   // LSTM: [B, H], dL/dc_n on entry, dL/dc0 afterwards
+  real* dh0;  // [B, P], always written
   // null where the gradient was not asked for
   real *dx, *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
   Plan plan;

@@ -19,8 +19,8 @@ constexpr long kSumLength = 256;
 // C[rows, vectors] (+)= A[rows, depth] B[depth, vectors]. Element (i, k) of A is at a[i * a_row + k * a_step]; rows of
 // B follow each other. Small tiles run several sums side by side to cover the latency of the multiply-add.
 template <class real, int rows, int vectors>
-RNN_EXT_NOINLINE void tile(long depth, const real* a, long a_row, long a_step, const real* b, real* c, long c_row,
-                           bool accumulate) {
+RNN_EXT_NOINLINE void tile(long depth, const real* a, long a_row, long a_step, const real* b,
+                           real* c, long c_row, bool accumulate) {
   constexpr int lanes = kLanes<real>;
   constexpr int chains = rows * vectors >= 8 ? 1 : (7 + rows * vectors) / (rows * vectors);
   Vec<real> acc[chains][rows][vectors];

@@ -26,7 +26,8 @@ struct Simd<float> {
 template <>
 struct Simd<double> {
   typedef double Vec __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
-  typedef double Unaligned __attribute__((vector_size(RNN_EXT_VECTOR_BYTES), aligned(8), may_alias));
+  typedef double Unaligned
+      __attribute__((vector_size(RNN_EXT_VECTOR_BYTES), aligned(8), may_alias));
   typedef uint64_t Bits __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
 };
 

@@ -12,13 +12,15 @@ template <>
 struct ExpConstants<float> {
   static constexpr int mantissa_bits = 23;
   static constexpr uint32_t exponent_bias = 127;
-  static constexpr float round_magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float round_magic =
+      12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float log2_e = 1.44269504f;
-  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // n * ln2_high is exact
+  static constexpr float ln2_high = 0.693359375f,
+                         ln2_low = -2.12194440e-4f;  // n * ln2_high is exact
   static constexpr float sigmoid_limit = 88.f, tanh_limit = 10.f;
   // q: minimax, relative error 1.3e-8, highest power first
-  static constexpr float q[] = {1.388248380e-03f, 8.366718542e-03f, 4.166720623e-02f, 1.666654215e-01f,
-                                4.999999812e-01f};
+  static constexpr float q[] = {1.388248380e-03f, 8.366718542e-03f, 4.166720623e-02f,
+                                1.666654215e-01f, 4.999999812e-01f};
 };
 
 template <>
@@ -27,12 +29,14 @@ struct ExpConstants<double> {
   static constexpr uint64_t exponent_bias = 1023;
   static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double log2_e = 1.4426950408889634;
-  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double ln2_high = 6.93147180369123816490e-01,
+                          ln2_low = 1.90821492927058770002e-10;
   static constexpr double sigmoid_limit = 708., tanh_limit = 20.;
   // q: Taylor, 1/14! ... 1/2!
-  static constexpr double q[] = {1. / 87178291200., 1. / 6227020800., 1. / 479001600., 1. / 39916800., 1. / 3628800.,
-                                 1. / 362880.,      1. / 40320.,      1. / 5040.,      1. / 720.,      1. / 120.,
-                                 1. / 24.,          1. / 6.,          1. / 2.};
+  static constexpr double q[] = {
+      1. / 87178291200., 1. / 6227020800., 1. / 479001600., 1. / 39916800., 1. / 3628800.,
+      1. / 362880.,      1. / 40320.,      1. / 5040.,      1. / 720.,      1. / 120.,
+      1. / 24.,          1. / 6.,          1. / 2.};
 };
 
 // exp(y) = scale * (1 + expm1_r) for |y| within the limits above.

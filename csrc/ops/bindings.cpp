@@ -20,36 +20,38 @@ auto without_gil(const Function& f) {
   return f();
 }
 
-py::tuple forward(std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh,
-                  OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor batch_sizes,
-                  bool reverse, bool save) {
-  const LayerInputs in{std::move(cell), std::move(input), std::move(h0),   std::move(c0),          std::move(w_ih),
-                       std::move(w_hh), std::move(b_ih),  std::move(b_hh), std::move(w_hr),
-                       std::move(batch_sizes), reverse};
+py::tuple forward(std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih,
+                  Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                  OptionalTensor batch_sizes, bool reverse, bool save) {
+  const LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
+                       std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
+                       std::move(w_hr), std::move(batch_sizes), reverse};
   const LayerOutputs out = without_gil([&] { return layer_forward(in, save); });
   if (!save) return py::make_tuple(out.output, out.h_n, out.c_n);
-  return py::make_tuple(out.output, out.h_n, out.c_n, out.saved.states, out.saved.cells, out.saved.gates,
-                        out.saved.middle, out.saved.isa);
+  return py::make_tuple(out.output, out.h_n, out.c_n, out.saved.states, out.saved.cells,
+                        out.saved.gates, out.saved.middle, out.saved.isa);
 }
 
 std::array<OptionalTensor, kLayerInputs> backward(
-    std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
-    OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor batch_sizes, bool reverse, Tensor states,
-    OptionalTensor cells, OptionalTensor gates, OptionalTensor middle, std::string isa, OptionalTensor d_output,
-    OptionalTensor d_h_n, OptionalTensor d_c_n, OptionalTensor d_cells, std::array<bool, kLayerInputs> wanted) {
-  const LayerInputs in{std::move(cell), std::move(input), std::move(h0),   std::move(c0),          std::move(w_ih),
-                       std::move(w_hh), std::move(b_ih),  std::move(b_hh), std::move(w_hr),
-                       std::move(batch_sizes), reverse};
-  const Saved saved{std::move(states), std::move(cells), std::move(gates), std::move(middle), std::move(isa)};
+    std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh,
+    OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor batch_sizes,
+    bool reverse, Tensor states, OptionalTensor cells, OptionalTensor gates, OptionalTensor middle,
+    std::string isa, OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n,
+    OptionalTensor d_cells, std::array<bool, kLayerInputs> wanted) {
+  const LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
+                       std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
+                       std::move(w_hr), std::move(batch_sizes), reverse};
+  const Saved saved{std::move(states), std::move(cells), std::move(gates), std::move(middle),
+                    std::move(isa)};
   return without_gil(
       [&] { return layer_backward(in, saved, {d_output, d_h_n, d_c_n, d_cells}, wanted); });
 }
 
-py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps, long batch, long input, long hidden,
-                  long output) {
+py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps, long batch,
+                  long input, long hidden, long output) {
   const long real_bytes = dtype == "float64" ? 8 : 4;
-  const Plan plan =
-      choose_plan({steps, batch, input, hidden, output, cell_gates(cell_kind(cell)), real_bytes, at::get_num_threads()});
+  const Plan plan = choose_plan({steps, batch, input, hidden, output, cell_gates(cell_kind(cell)),
+                                 real_bytes, at::get_num_threads()});
   static const char* const splits[] = {"none", "rows", "columns"};
   py::dict d;
   d["kernel"] = "cpu";

@@ -31,24 +31,28 @@ struct Call {
                         long(c10::elementSize(compute)), threads});
   }
   std::vector<int64_t> laid_out(long features) const {
-    return packed ? std::vector<int64_t>{rows, features} : std::vector<int64_t>{steps, batch, features};
+    return packed ? std::vector<int64_t>{rows, features}
+                  : std::vector<int64_t>{steps, batch, features};
   }
 };
 
 void check_tensor(const char* name, const Tensor& t, const Tensor& like, at::IntArrayRef shape) {
-  TORCH_CHECK(t.device().is_cpu(), "rnn_ext: ", name, " is on ", t.device(), ", but this kernel runs on the CPU");
-  TORCH_CHECK(t.scalar_type() == like.scalar_type(), "rnn_ext: ", name, " has dtype ", t.scalar_type(),
-              ", but input has ", like.scalar_type(), "; convert one of them");
-  TORCH_CHECK(t.sizes() == shape, "rnn_ext: expected ", name, " of shape ", shape, ", got ", t.sizes());
+  TORCH_CHECK(t.device().is_cpu(), "rnn_ext: ", name, " is on ", t.device(),
+              ", but this kernel runs on the CPU");
+  TORCH_CHECK(t.scalar_type() == like.scalar_type(), "rnn_ext: ", name, " has dtype ",
+              t.scalar_type(), ", but input has ", like.scalar_type(), "; convert one of them");
+  TORCH_CHECK(t.sizes() == shape, "rnn_ext: expected ", name, " of shape ", shape, ", got ",
+              t.sizes());
 }
 
-void check_tensor(const char* name, const OptionalTensor& t, const Tensor& like, at::IntArrayRef shape) {
+void check_tensor(const char* name, const OptionalTensor& t, const Tensor& like,
+                  at::IntArrayRef shape) {
   if (t) check_tensor(name, *t, like, shape);
 }
 
 void read_batch_sizes(const Tensor& batch_sizes, Call& call) {
-  TORCH_CHECK(batch_sizes.device().is_cpu() && batch_sizes.scalar_type() == at::kLong && batch_sizes.dim() == 1 &&
-                  batch_sizes.size(0) > 0,
+  TORCH_CHECK(batch_sizes.device().is_cpu() && batch_sizes.scalar_type() == at::kLong &&
+                  batch_sizes.dim() == 1 && batch_sizes.size(0) > 0,
               "rnn_ext: batch_sizes must be a non-empty 1-D int64 tensor on the CPU");
   const Tensor contiguous = batch_sizes.contiguous();
   const int64_t* sizes = contiguous.const_data_ptr<int64_t>();
@@ -60,8 +64,8 @@ void read_batch_sizes(const Tensor& batch_sizes, Call& call) {
                 "rnn_ext: batch_sizes must be positive and never grow");
     call.offsets.push_back(call.offsets.back() + sizes[t]);
   }
-  TORCH_CHECK(call.offsets.back() == call.rows, "rnn_ext: batch_sizes add up to ", call.offsets.back(),
-              ", but input has ", call.rows, " rows");
+  TORCH_CHECK(call.offsets.back() == call.rows, "rnn_ext: batch_sizes add up to ",
+              call.offsets.back(), ", but input has ", call.rows, " rows");
 }
 
 Call check(const LayerInputs& in) {
@@ -70,11 +74,12 @@ Call check(const LayerInputs& in) {
   call.gates = cell_gates(call.kind);
   call.packed = in.batch_sizes.has_value();
   call.dtype = in.input.scalar_type();
-  TORCH_CHECK(call.dtype == at::kFloat || call.dtype == at::kDouble || call.dtype == at::kBFloat16, in.cell, ": ",
-              call.dtype, " is not supported on the CPU; use float32, float64 or bfloat16");
+  TORCH_CHECK(call.dtype == at::kFloat || call.dtype == at::kDouble || call.dtype == at::kBFloat16,
+              in.cell, ": ", call.dtype,
+              " is not supported on the CPU; use float32, float64 or bfloat16");
   call.compute = call.dtype == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK(in.input.dim() == (call.packed ? 2 : 3), "rnn_ext: input must have ", call.packed ? 2 : 3,
-              " dimensions, got ", in.input.dim());
+  TORCH_CHECK(in.input.dim() == (call.packed ? 2 : 3), "rnn_ext: input must have ",
+              call.packed ? 2 : 3, " dimensions, got ", in.input.dim());
   TORCH_CHECK(in.w_hh.dim() == 2 && in.w_hh.size(0) % call.gates == 0 && in.w_hh.size(0) > 0,
               "rnn_ext: w_hh must be [", call.gates, " * hidden_size, ...], got ", in.w_hh.sizes());
   const long hidden = in.w_hh.size(0) / call.gates;
@@ -138,7 +143,8 @@ Tensor last_states(const Tensor& all, const Steps& time, long features) {
   for (long t = 0; t < time.count; t++) {
     const long first = time.continuing(t), ending = time.rows(t) - first;
     if (ending > 0)
-      std::memcpy(to + first * features, from + (time.begin(t) + first) * features, ending * features * sizeof(real));
+      std::memcpy(to + first * features, from + (time.begin(t) + first) * features,
+                  ending * features * sizeof(real));
   }
   return last;
 }
@@ -182,21 +188,24 @@ LayerOutputs forward(const Call& call, const LayerInputs& in, bool save) {
   }
   out.h_n = last_states<real>(states, args.steps, s.output).to(call.dtype);
   if (lstm)
-    out.c_n = (save ? last_states<real>(*out.saved.cells, args.steps, s.hidden) : *out.c_n).to(call.dtype);
+    out.c_n = (save ? last_states<real>(*out.saved.cells, args.steps, s.hidden) : *out.c_n)
+                  .to(call.dtype);
   out.output = states.to(call.dtype);
   if (save) out.saved.states = states;
   return out;
 }
 
 template <class real>
-std::array<OptionalTensor, kLayerInputs> backward(const Call& call, const LayerInputs& in, const Saved& saved,
-                                                  const LayerGradients& d,
+std::array<OptionalTensor, kLayerInputs> backward(const Call& call, const LayerInputs& in,
+                                                  const Saved& saved, const LayerGradients& d,
                                                   const std::array<bool, kLayerInputs>& wanted) {
   const Kernels& kernels = kernels_named(saved.isa);
   const Sizes& s = call.sizes;
   std::array<OptionalTensor, kLayerInputs> out;
   const auto allocate = [&](int i, const Tensor& like) {
-    if (wanted[i]) out[i] = call.rows ? at::empty(like.sizes(), call.options()) : at::zeros(like.sizes(), call.options());
+    if (wanted[i])
+      out[i] = call.rows ? at::empty(like.sizes(), call.options())
+                         : at::zeros(like.sizes(), call.options());
   };
   allocate(0, in.input);
   allocate(3, in.w_ih);
@@ -206,8 +215,9 @@ std::array<OptionalTensor, kLayerInputs> backward(const Call& call, const LayerI
   if (in.w_hr) allocate(7, *in.w_hr);
   out[1] = at::empty({call.batch, s.output}, call.options());
   if (in.c0)
-    out[2] = d.d_c_n && d.d_c_n->defined() ? d.d_c_n->to(call.compute, false, /*copy=*/true).contiguous()
-                                           : at::zeros({call.batch, s.hidden}, call.options());
+    out[2] = d.d_c_n && d.d_c_n->defined()
+                 ? d.d_c_n->to(call.compute, false, /*copy=*/true).contiguous()
+                 : at::zeros({call.batch, s.hidden}, call.options());
 
   Operands<real> operands;
   BackwardArgs<real> args{};
@@ -272,12 +282,13 @@ int cell_gates(CellKind kind) {
 
 LayerOutputs layer_forward(const LayerInputs& in, bool save) {
   const Call call = check(in);
-  return call.compute == at::kDouble ? forward<double>(call, in, save) : forward<float>(call, in, save);
+  return call.compute == at::kDouble ? forward<double>(call, in, save)
+                                     : forward<float>(call, in, save);
 }
 
-std::array<OptionalTensor, kLayerInputs> layer_backward(const LayerInputs& in, const Saved& saved,
-                                                        const LayerGradients& d,
-                                                        const std::array<bool, kLayerInputs>& wanted) {
+std::array<OptionalTensor, kLayerInputs> layer_backward(
+    const LayerInputs& in, const Saved& saved, const LayerGradients& d,
+    const std::array<bool, kLayerInputs>& wanted) {
   const Call call = check(in);
   return call.compute == at::kDouble ? backward<double>(call, in, saved, d, wanted)
                                      : backward<float>(call, in, saved, d, wanted);

@@ -26,7 +26,8 @@ struct LayerInputs {
 // What the backward pass reads beside the inputs, in float or double. For bfloat16 that is wider than what the
 // caller sees, so that nothing is rounded between the passes.
 struct Saved {
-  at::Tensor states;             // every h_t, laid out like output; the output itself where its dtype is the same
+  at::Tensor
+      states;  // every h_t, laid out like output; the output itself where its dtype is the same
   OptionalTensor cells;          // every c_t (LSTM)
   OptionalTensor gates, middle;  // private to the kernels of the instruction set `isa`
   std::string isa;
@@ -45,9 +46,9 @@ struct LayerGradients {
 constexpr int kLayerInputs = 8;  // input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr
 
 LayerOutputs layer_forward(const LayerInputs& in, bool save);
-std::array<OptionalTensor, kLayerInputs> layer_backward(const LayerInputs& in, const Saved& saved,
-                                                        const LayerGradients& d,
-                                                        const std::array<bool, kLayerInputs>& wanted);
+std::array<OptionalTensor, kLayerInputs> layer_backward(
+    const LayerInputs& in, const Saved& saved, const LayerGradients& d,
+    const std::array<bool, kLayerInputs>& wanted);
 
 CellKind cell_kind(const std::string& name);
 int cell_gates(CellKind kind);
