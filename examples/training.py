@@ -212,14 +212,14 @@ def draw_differences(axes, learners):
 def draw_times(axes, learners):
     times = {name: [1e3 * s for s in learner.seconds] for name, learner in learners.items()}
     shortest = min(map(min, times.values()))
-    longest = 2 * max(map(median, times.values()))
+    longest = 1.5 * max(map(median, times.values()))
     bins = torch.linspace(0.95 * shortest, longest, 60).tolist()
     for name, values in times.items():
         label = f"{name}, median {median(values):.1f} ms"
         axes.hist(values, bins, color=COLORS[name], alpha=0.8, label=label)
     axes.set(
         title="Time of a training step",
-        xlabel="milliseconds (up to twice the median)",
+        xlabel="milliseconds (without the slowest)",
         ylabel="steps",
     )
     axes.legend()

@@ -1,13 +1,18 @@
 """Recurrent layers for PyTorch that replace torch.nn's in one line.
 
 >>> import torch, rnn_ext
->>> lstm = rnn_ext.LSTM(10, 20)            # torch.nn.LSTM's arguments, parameters and results
+>>> lstm = rnn_ext.LSTM(10, 20)  # torch.nn.LSTM's arguments, parameters and results
 >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
->>> model = rnn_ext.accelerate(torch.nn.Sequential(torch.nn.GRU(10, 20)))  # or in a model that exists
+
+or in a model that exists:
+
+>>> model = rnn_ext.accelerate(torch.nn.Sequential(torch.nn.GRU(10, 20)))
 
 ``rnn_ext.functional`` has the layers as functions, ``rnn_ext.reference`` the equations in NumPy;
 ``python -m rnn_ext`` says what runs here.
 """
+
+import importlib
 
 import torch
 
@@ -18,7 +23,7 @@ def _check_extension():
     """Imports the compiled part first, so that what is wrong with it is said in one sentence."""
     reinstall = "run `pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
     try:
-        from . import _C
+        _C = importlib.import_module(f"{__name__}._C")
     except ModuleNotFoundError as error:
         if error.name != f"{__name__}._C":
             raise
@@ -31,15 +36,15 @@ def _check_extension():
         ) from None
     if _C.built_for_torch != torch.__version__:
         raise ImportError(
-            f"rnn_ext was built for torch {_C.built_for_torch}, but this is torch {torch.__version__}: "
-            f"{reinstall}"
+            f"rnn_ext was built for torch {_C.built_for_torch}, but this is torch "
+            f"{torch.__version__}: {reinstall}"
         )
 
 
 _check_extension()
 
 from . import functional, reference  # noqa: E402
-from .backends import FallbackWarning, backends, use_backend  # noqa: E402
+from .backend import FallbackWarning, backends, use_backend  # noqa: E402
 from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
 from .modules import GRU, LSTM, RNN  # noqa: E402
 from .plan import Plan, explain  # noqa: E402

@@ -1,7 +1,9 @@
-"""`RNNCell`, `LSTMCell` and `GRUCell`: one step, run as a sequence of one. Subclasses of torch.nn's cells.
+"""`RNNCell`, `LSTMCell` and `GRUCell`: one step, run as a sequence of one. Subclasses of torch.nn's
+cells.
 
-As in the layers, torch.nn's own forward refuses, or serves with a `FallbackWarning`, what the kernels do not
-take. ``input`` is [B, input_size] or [input_size], states are [B, hidden_size] or [hidden_size].
+As in the layers, torch.nn's own forward refuses, or serves with a `FallbackWarning`, what the
+kernels do not take. ``input`` is [B, input_size] or [input_size], states are [B, hidden_size] or
+[hidden_size].
 """
 
 import copy
@@ -11,9 +13,12 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from . import composite, functional
-from .backends import uncovered
+from .backend import uncovered
 from .initialization import checked_forget_bias, forget_bias_, recurrent_
 from .replacement import Replacement
+
+_ELMAN = {"tanh": "rnn_tanh", "relu": "rnn_relu", "sigmoid": "rnn_sigmoid"}
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class OneStep(Replacement):
@@ -59,27 +64,33 @@ class OneStep(Replacement):
 
     def _arrange(self, input, hx):
         """The states given, as a tuple; None if torch.nn is to judge."""
-        if not isinstance(input, Tensor) or input.dim() not in (1, 2):
+        if not isinstance(input, Tensor) or self._cell is None:
             return None
-        if input.size(-1) != self.input_size:
+        shape = input.shape
+        if len(shape) not in (1, 2) or shape[-1] != self.input_size:
             return None
-        states = () if hx is None else self._states(hx)
+        if hx is None:
+            return ()
+        states = self._states(hx)
         if states is not None:
-            expected = (*input.shape[:-1], self.hidden_size)
+            expected = (*shape[:-1], self.hidden_size)
             for state in states:
                 if state.shape != expected:
                     return None
         return states
 
     def _weights(self):
-        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None
+        """(w_ih, w_hh, b_ih, b_hh, None), read at every call as in the layers."""
+        parameters = self._parameters
+        return (*[parameters[n] if n in parameters else getattr(self, n) for n in _NAMES], None)
 
 
 class RNNCell(OneStep, torch.nn.RNNCell):
-    """One step of `rnn_ext.RNN`: h' = f(W_ih x + b_ih + W_hh h + b_hh). Replaces `torch.nn.RNNCell`.
+    """One step of `rnn_ext.RNN`: h' = f(W_ih x + b_ih + W_hh h + b_hh). Replaces
+    `torch.nn.RNNCell`.
 
-    ``RNNCell(input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None)``, nonlinearity
-    "tanh", "relu" or "sigmoid"; keyword only ``recurrent_init`` as of the layer.
+    ``RNNCell(input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None)``,
+    nonlinearity "tanh", "relu" or "sigmoid"; keyword only ``recurrent_init`` as of the layer.
     """
 
     _twin = torch.nn.RNNCell
@@ -100,30 +111,26 @@ class RNNCell(OneStep, torch.nn.RNNCell):
 
     @property
     def _cell(self):
-        return f"rnn_{self.nonlinearity}"
+        return _ELMAN.get(self.nonlinearity)  # torch.nn complains of others when called
 
     @property
     def _extra(self):
         return "nonlinearity='sigmoid'" if self.nonlinearity == "sigmoid" else None
 
-    def _arrange(self, input, hx):
-        known = self.nonlinearity in ("tanh", "relu", "sigmoid")
-        return super()._arrange(input, hx) if known else None
-
-    def _run_twin(self, input, hx, *reason):
+    def _run_twin(self, input, hx, *args):
         if self.nonlinearity == "sigmoid":
             # torch.nn refuses the name before it looks at the input; what is wrong is the input.
             tanh_cell = copy.copy(self)
             tanh_cell.nonlinearity = "tanh"
             self._twin.forward(tanh_cell, input, hx)
-        return super()._run_twin(input, hx, *reason)
+        return super()._run_twin(input, hx, *args)
 
 
 class LSTMCell(OneStep, torch.nn.LSTMCell):
     """One step of `rnn_ext.LSTM`: ``(h', c')`` from ``hx = (h, c)``. Replaces `torch.nn.LSTMCell`.
 
-    ``LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)``; keyword only ``forget_bias`` and
-    ``recurrent_init`` as of the layer.
+    ``LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)``; keyword only
+    ``forget_bias`` and ``recurrent_init`` as of the layer.
     """
 
     _twin = torch.nn.LSTMCell
@@ -160,8 +167,8 @@ class LSTMCell(OneStep, torch.nn.LSTMCell):
 class GRUCell(OneStep, torch.nn.GRUCell):
     """One step of `rnn_ext.GRU`. Replaces `torch.nn.GRUCell`.
 
-    ``GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None)``; keyword only ``reset_after`` and
-    ``recurrent_init`` as of the layer.
+    ``GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None)``; keyword only
+    ``reset_after`` and ``recurrent_init`` as of the layer.
     """
 
     _twin = torch.nn.GRUCell

@@ -1,7 +1,8 @@
 """Every cell out of differentiable torch operations: any device, any dtype, gradients of any order.
 
-The time loop runs in Python, so this is the slow path. It is the backend ``"reference"``, the recompute
-behind second-order gradients, and what serves where no kernel does. Results are those of ``ops.layer``.
+The time loop runs in Python, so this is the slow path. It is the backend ``"reference"``, the
+recompute behind second-order gradients, and what serves where no kernel does. Results are those of
+``ops.layer``.
 """
 
 import torch

@@ -12,19 +12,19 @@ Shapes, with T steps, batch B, I input features, H hidden units, P projected uni
 ``output``   like ``input`` with the layer's output size last
 ===========  =========================================================================
 
-``batch_sizes`` (int64 [T] on the CPU, as in `torch.nn.utils.rnn.PackedSequence`) says how many sequences are
-alive at each step of a packed input. ``reverse`` walks from the last step to the first; ``output`` keeps the
-order of ``input``.
+``batch_sizes`` (int64 [T] on the CPU, as in `torch.nn.utils.rnn.PackedSequence`) says how many
+sequences are alive at each step of a packed input. ``reverse`` walks from the last step to the
+first; ``output`` keeps the order of ``input``.
 
-All raise ``TypeError`` for what is no tensor, ``ValueError`` for wrong dtypes, choices and batch sizes, and
-``RuntimeError`` for wrong shapes and devices, in each case naming the argument.
+All raise ``TypeError`` for what is no tensor, ``ValueError`` for wrong dtypes, choices and batch
+sizes, and ``RuntimeError`` for wrong shapes and devices, in each case naming the argument.
 """
 
 import torch
 from torch import Tensor
 
 from . import composite, ops
-from .backends import current, uncovered, warn_once
+from .backend import current, uncovered, warn_once
 
 
 def gates(cell):
@@ -33,22 +33,22 @@ def gates(cell):
 
 
 def rnn(
-    input,
-    hx,
-    w_ih,
-    w_hh,
-    b_ih=None,
-    b_hh=None,
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
     *,
-    nonlinearity="tanh",
-    batch_sizes=None,
-    reverse=False,
-    batch_first=False,
-):
+    nonlinearity: str = "tanh",
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Simple recurrent network (Elman 1990): h_t = f(W x_t + b_ih + U h_{t-1} + b_hh).
 
-    ``nonlinearity`` is f: "tanh", "relu" or "sigmoid". Returns ``(output, h_n [B, H])``; the module's
-    docstring has the other shapes and the errors.
+    ``nonlinearity`` is f: "tanh", "relu" or "sigmoid". Returns ``(output, h_n [B, H])``; the
+    module's docstring has the other shapes and the errors.
     """
     if nonlinearity not in ("tanh", "relu", "sigmoid"):
         raise ValueError(
@@ -61,25 +61,25 @@ def rnn(
 
 
 def gru(
-    input,
-    hx,
-    w_ih,
-    w_hh,
-    b_ih=None,
-    b_hh=None,
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
     *,
-    reset_after=True,
-    batch_sizes=None,
-    reverse=False,
-    batch_first=False,
-):
+    reset_after: bool = True,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Gated recurrent unit: r, z = s(W x_t + U h_{t-1} + b);  h_t = (1 - z) n + z h_{t-1}.
 
-    ``reset_after=True`` is torch's and cuDNN's candidate, n = tanh(W_n x_t + b_in + r (U_n h_{t-1} + b_hn));
-    ``False`` the original one (Cho et al. 2014, arXiv:1406.1078), n = tanh(W_n x_t + b_in + U_n (r h_{t-1})
-    + b_hn). Textbooks that write h_t = (1 - z') h_{t-1} + z' n have z' = 1 - z: flip the sign of the z rows
-    of weights and biases. Returns ``(output, h_n [B, H])``; the module's docstring has the other shapes and
-    the errors.
+    ``reset_after=True`` is torch's and cuDNN's candidate, n = tanh(W_n x_t + b_in + r (U_n h_{t-1}
+    + b_hn)); ``False`` the original one (Cho et al. 2014, arXiv:1406.1078), n = tanh(W_n x_t + b_in
+    + U_n (r h_{t-1}) + b_hn). Textbooks that write h_t = (1 - z') h_{t-1} + z' n have z' = 1 - z:
+    flip the sign of the z rows of weights and biases. Returns ``(output, h_n [B, H])``; the
+    module's docstring has the other shapes and the errors.
     """
     weights = (w_ih, w_hh, b_ih, b_hh, None)
     cell = "gru" if reset_after else "gru_reset_before"
@@ -87,26 +87,28 @@ def gru(
 
 
 def lstm(
-    input,
-    hx,
-    w_ih,
-    w_hh,
-    b_ih=None,
-    b_hh=None,
-    w_hr=None,
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
     *,
-    return_cells=False,
-    batch_sizes=None,
-    reverse=False,
-    batch_first=False,
+    return_cells: bool = False,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
 ):
-    """LSTM with forget gate (Gers et al. 2000), and projection if ``w_hr`` is given (Sak et al. 2014).
+    """LSTM with forget gate (Gers et al. 2000), and projection if ``w_hr`` is given (Sak et al.
+    2014).
 
     i, f, o = s(a);  g = tanh(a);  a = W x_t + b_ih + U h_{t-1} + b_hh;
     c_t = f c_{t-1} + i g;  h_t = o tanh(c_t), or W_hr (o tanh(c_t)).
 
-    Returns ``(output, (h_n [B, P or H], c_n [B, H]))`` and, with ``return_cells``, every c_t laid out like
-    ``output`` as a third result; the module's docstring has the other shapes and the errors.
+    Returns ``(output, (h_n [B, P or H], c_n [B, H]))`` and, with ``return_cells``, every c_t laid
+    out like ``output`` as a third result; the module's docstring has the other shapes and the
+    errors.
     """
     weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
     output, h_n, c_n, cells = _one_layer(
@@ -173,10 +175,11 @@ def stack(
 ):
     """Layers over directions over ``run`` (``ops.layer``), with dropout between layers; no checks.
 
-    ``h0``, ``c0`` (Nones but for the LSTM) and ``weights`` (w_ih, w_hh, b_ih, b_hh, w_hr) are lists with an
-    entry for each layer and direction, directions innermost; ``x`` is [T, B, I], or [N, I] with ``batch_sizes``.
-    Returns ``output``, the lists of h_n and c_n, and with ``return_cells`` the last layer's cells. Under CPU autocast the results
-    have the dtypes that torch.nn gives them, ``fused`` for the layers, not ``fused`` for the cells.
+    ``h0``, ``c0`` (Nones but for the LSTM) and ``weights`` (w_ih, w_hh, b_ih, b_hh, w_hr) are lists
+    with an entry for each layer and direction, directions innermost; ``x`` is [T, B, I], or [N, I]
+    with ``batch_sizes``. Returns ``output``, the lists of h_n and c_n, and with ``return_cells``
+    the last layer's cells. Under CPU autocast the results have the dtypes that torch.nn gives them,
+    ``fused`` for the layers, not ``fused`` for the cells.
     """
     if torch.is_autocast_enabled("cpu") and x.is_cpu and x.dtype != torch.float64:
         fused = fused and batch_sizes is None and x.size(1) > 0
@@ -240,7 +243,7 @@ def stack(
 
 
 def _autocast_dtypes(cell, h0, c0, projected, fused):
-    """What torch.nn computes in and returns h in: it casts the products, and a fused LSTM as a whole."""
+    """What torch.nn computes in and returns h in: products are cast, a fused LSTM as a whole."""
     cast = torch.get_autocast_dtype("cpu")
     if cell.startswith("rnn") or (cell == "lstm" and fused and not projected):
         return cast, cast
@@ -270,7 +273,8 @@ def _check(name, input, hx, weights, batch_sizes, batch_first):
             )
         if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
-                f"{name}: {key} has dtype {tensor.dtype} but input {input.dtype}; convert one of them"
+                f"{name}: {key} has dtype {tensor.dtype} but input {input.dtype}; "
+                "convert one of them"
             )
     if not input.is_floating_point():
         raise ValueError(f"{name}: input must have a floating-point dtype, got {input.dtype}")

@@ -6,7 +6,7 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import composite, functional
-from .backends import uncovered
+from .backend import uncovered
 from .initialization import recurrent_
 from .replacement import Replacement
 
@@ -30,20 +30,21 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
         """Runs the layers over a sequence.
 
         Args:
-            input: [T, B, input_size], [B, T, input_size] with ``batch_first``, [T, input_size] without a
-                batch, or a `torch.nn.utils.rnn.PackedSequence`.
-            hx: the initial state h_0, [num_layers * directions, B, hidden_size] (no B if there is no batch).
-                None: zeros.
-            lengths: [B] integers in 1..T, tensor or list, in any order. Steps past a sequence's length are
-                left out: ``output`` is zero there and h_n the state after the last real step.
+            input: [T, B, input_size], [B, T, input_size] with ``batch_first``, [T, input_size]
+                without a batch, or a `torch.nn.utils.rnn.PackedSequence`.
+            hx: the initial state h_0, [num_layers * directions, B, hidden_size] (no B if there is
+                no batch). None: zeros.
+            lengths: [B] integers in 1..T, tensor or list, in any order. Steps past a sequence's
+                length are left out: ``output`` is zero there and h_n the state after the last real
+                step.
 
         Returns:
-            ``(output, h_n)``: ``output`` laid out like ``input`` with directions * hidden_size features,
-            h_n laid out like ``hx``.
+            ``(output, h_n)``: ``output`` laid out like ``input`` with directions * hidden_size
+            features, h_n laid out like ``hx``.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn does, for rank, sizes, dtypes and devices; ValueError for
-                ``lengths`` that do not fit.
+            ValueError, RuntimeError: as torch.nn does, for rank, sizes, dtypes and devices;
+                ValueError for ``lengths`` that do not fit.
         """
         return self._run(input, hx, lengths)[:2]
 
@@ -54,12 +55,12 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             return self._as_leaf(input, hx=hx, lengths=lengths, **cells)
         if lengths is not None:
             return self._run_with_lengths(input, hx, lengths, return_cells)
+        extra = self._extra or ("return_cells=True" if return_cells else None)
         arranged = self._arrange(input, hx)
         if arranged is None:
-            return *self._run_twin(input, hx), None
+            return *self._run_twin(input, hx, extra=extra), None
         x, batch_sizes, batch, states = arranged
         weights = self._weights()
-        extra = self._extra or ("return_cells=True" if return_cells else None)
         reason, run = uncovered(x, states, weights), None
         if reason is not None:
             if not self._must_compose(reason, extra):
@@ -93,7 +94,8 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
         )
 
     def _arrange(self, input, hx):
-        """(x [T, B, I] or packed rows, batch_sizes, batch, states), or None if torch.nn is to judge.
+        """(x [T, B, I] or packed rows, batch_sizes, batch, states), or None if torch.nn is to
+        judge.
 
         States are those given, [layers and directions, B, size] in the order of the batch of x.
         """
@@ -148,7 +150,8 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
     def _weights(self):
         """(w_ih, w_hh, b_ih, b_hh, w_hr) of each layer and direction, None for what there is not.
 
-        Read at every call: parametrizations, functional_call and weight dropping put other tensors there.
+        Read at every call: parametrizations, functional_call and weight dropping put other tensors
+        there.
         """
         parameters = self._parameters
         groups = []

@@ -1,7 +1,7 @@
-"""`RNN`, `LSTM` and `GRU`: torch.nn's layers in constructor, parameters, state_dict, results and errors.
+"""`RNN`, `LSTM` and `GRU`: torch.nn's in constructor, parameters, state_dict, results and errors.
 
-They subclass `torch.nn.RNNBase` and not torch.nn.LSTM, because torch.compile refuses every instance of
-torch.nn.RNN, LSTM and GRU.
+They subclass `torch.nn.RNNBase` and not torch.nn.LSTM, because torch.compile refuses every instance
+of torch.nn.RNN, LSTM and GRU.
 """
 
 import torch
@@ -20,14 +20,15 @@ class _WithoutProjection(RecurrentLayers):
 class RNN(_WithoutProjection):
     """Simple (Elman) recurrent layers: h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
 
-    Replaces `torch.nn.RNN`: ``RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
-    batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`` makes the same parameters
-    with the same values from the same seed. `forward` has the shapes and the errors.
+    Replaces `torch.nn.RNN`: ``RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh",
+    bias=True, batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`` makes
+    the same parameters with the same values from the same seed. `forward` has the shapes and the
+    errors.
 
     Args:
         nonlinearity: f: "tanh", "relu" or, in torch.nn unknown, "sigmoid".
-        recurrent_init: keyword only; None, "orthogonal" or "identity" (with relu the IRNN of Le et al. 2015,
-            arXiv:1504.00941) for weight_hh at initialization.
+        recurrent_init: keyword only; None, "orthogonal" or "identity" (with relu the IRNN of Le et
+            al. 2015, arXiv:1504.00941) for weight_hh at initialization.
 
     Source: Elman, "Finding structure in time", Cognitive Science 14, 1990.
     """
@@ -42,7 +43,8 @@ class RNN(_WithoutProjection):
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
         if self.nonlinearity not in ("tanh", "relu", "sigmoid"):
             raise ValueError(
-                f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh', 'relu' or 'sigmoid'."
+                f"Unknown nonlinearity '{self.nonlinearity}'. "
+                "Select from 'tanh', 'relu' or 'sigmoid'."
             )
         # RNNBase knows only tanh and relu; sigmoid has the same parameters.
         super().__init__("RNN_RELU" if self.nonlinearity == "relu" else "RNN_TANH", *args, **kwargs)
@@ -72,15 +74,17 @@ class LSTM(RecurrentLayers):
     i, f, o = s(a);  g = tanh(a);  a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh;
     c_t = f c_{t-1} + i g;  h_t = o tanh(c_t), with ``proj_size`` h_t = W_hr (o tanh(c_t)).
 
-    Replaces `torch.nn.LSTM`: ``LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
-    dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None)`` makes the same parameters with
-    the same values from the same seed. `forward` has the shapes and the errors.
+    Replaces `torch.nn.LSTM`: ``LSTM(input_size, hidden_size, num_layers=1, bias=True,
+    batch_first=False, dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None)``
+    makes the same parameters with the same values from the same seed. `forward` has the shapes and
+    the errors.
 
     Args:
-        forget_bias: keyword only; a number makes it the forget gate's bias at initialization (b_ih + b_hh)
-            in every layer and direction. 1 is usual (Jozefowicz et al. 2015). ValueError with bias=False.
-        recurrent_init: keyword only; None, "orthogonal" or "identity" for each gate's block of weight_hh at
-            initialization.
+        forget_bias: keyword only; a number makes it the forget gate's bias at initialization (b_ih
+            + b_hh) in every layer and direction. 1 is usual (Jozefowicz et al. 2015). ValueError
+            with bias=False.
+        recurrent_init: keyword only; None, "orthogonal" or "identity" for each gate's block of
+            weight_hh at initialization.
 
     Sources: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (forget gate); Sak et al. 2014,
     arXiv:1402.1128 (projection).
@@ -90,7 +94,7 @@ class LSTM(RecurrentLayers):
     _cell = "lstm"
     forget_bias = None
 
-    # Borrowed, because torch.nn.LSTM is no base class: its forward, the way out of _run_twin, asks for them.
+    # Borrowed, as torch.nn.LSTM is no base class: its forward, which _run_twin calls, needs them.
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     check_forward_args = torch.nn.LSTM.check_forward_args
     permute_hidden = torch.nn.LSTM.permute_hidden
@@ -118,8 +122,8 @@ class LSTM(RecurrentLayers):
             input, lengths: as of `RecurrentLayers.forward`.
             hx: the pair ``(h_0, c_0)``, [num_layers * directions, B, proj_size or hidden_size] and
                 [num_layers * directions, B, hidden_size] (no B if there is no batch). None: zeros.
-            return_cells: add a third result, every c_t of the last layer laid out like ``output`` with
-                directions * hidden_size features.
+            return_cells: add a third result, every c_t of the last layer laid out like ``output``
+                with directions * hidden_size features.
 
         Returns:
             ``(output, (h_n, c_n))``, or ``(output, (h_n, c_n), cells)``.
@@ -132,20 +136,22 @@ class LSTM(RecurrentLayers):
 
 
 class GRU(_WithoutProjection):
-    """Gated recurrent unit layers: r, z = s(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh);
-    h_t = (1 - z) n + z h_{t-1}, with the candidate n below.
+    """Gated recurrent unit layers.
 
-    Replaces `torch.nn.GRU`: ``GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
-    dropout=0.0, bidirectional=False, device=None, dtype=None)`` makes the same parameters with the same values
-    from the same seed. `forward` has the shapes and the errors.
+    r, z = s(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh);  h_t = (1 - z) n + z h_{t-1}, with the
+    candidate n below.
+
+    Replaces `torch.nn.GRU`: ``GRU(input_size, hidden_size, num_layers=1, bias=True,
+    batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`` makes the same
+    parameters with the same values from the same seed. `forward` has the shapes and the errors.
 
     Args:
-        reset_after: keyword only. True, as torch.nn and cuDNN: n = tanh(W_n x_t + b_in + r (U_n h_{t-1} +
-            b_hn)). False, the original: n = tanh(W_n x_t + b_in + U_n (r h_{t-1}) + b_hn). Textbooks that
-            write h_t = (1 - z') h_{t-1} + z' n have z' = 1 - z: flip the sign of the z rows of weights and
-            biases to convert.
-        recurrent_init: keyword only; None, "orthogonal" or "identity" for each gate's block of weight_hh at
-            initialization.
+        reset_after: keyword only. True, as torch.nn and cuDNN: n = tanh(W_n x_t + b_in + r (U_n
+            h_{t-1} + b_hn)). False, the original: n = tanh(W_n x_t + b_in + U_n (r h_{t-1}) +
+            b_hn). Textbooks that write h_t = (1 - z') h_{t-1} + z' n have z' = 1 - z: flip the sign
+            of the z rows of weights and biases to convert.
+        recurrent_init: keyword only; None, "orthogonal" or "identity" for each gate's block of
+            weight_hh at initialization.
 
     Source: Cho et al. 2014, arXiv:1406.1078.
     """

@@ -12,7 +12,8 @@
 
 import torch
 
-from . import _C, backends, composite, library
+from . import _C, composite, library
+from .backend import current, warn_once
 
 CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", "gru_reset_before")
 
@@ -67,11 +68,16 @@ def layer(
 
 
 def _needs_composite():
-    return (
-        backends.current() == "reference"
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    if not (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return current() == "reference"
+    what = "torch.func transforms and forward-mode derivatives have no kernel"
+    if current() == "cpu":
+        raise RuntimeError(f"rnn_ext: the backend 'cpu' cannot run this: {what}; use 'auto'")
+    if current() == "auto":
+        warn_once(f"rnn_ext: {what}; composed of torch operations instead")
+    return True
 
 
 class _Layer(torch.autograd.Function):
@@ -97,7 +103,11 @@ class _Layer(torch.autograd.Function):
         cell, batch_sizes, reverse = ctx.options
         wanted = ctx.needs_input_grad[:8]
         upstream = (d_output, d_h_n, d_c_n, d_cells)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # create_graph=True
+            warn_once(
+                "rnn_ext: gradients of gradients have no kernel; "
+                "composed of torch operations instead"
+            )
             gradients = _differentiable_backward(ctx.options, tensors, wanted, upstream)
         else:
             gradients = _C.layer_backward(

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import PackedSequence
 
 from . import _C, functional
-from .backends import current, uncovered
+from .backend import current, uncovered
 from .cells import OneStep
 from .layers import RecurrentLayers
 
@@ -15,9 +14,9 @@ from .layers import RecurrentLayers
 class LayerPlan:
     """How one layer runs in one direction.
 
-    kernel: "cpu" (rnn_ext's), "reference" (torch operations), "torch.nn" or "none" (an error); isa: the instruction set, "" if
-    not ours; threads: how many; split: what they share out, "rows" of the batch, "columns" of the hidden state
-    or "none"; reason: why.
+    kernel: "cpu" (rnn_ext's), "reference" (torch operations), "torch.nn" or "none" (an error); isa:
+    the instruction set, "" if not ours; threads: how many; split: what they share out, "rows" of
+    the batch, "columns" of the hidden state or "none"; reason: why.
     """
 
     layer: int
@@ -43,7 +42,7 @@ class Plan:
     """
 
     module: str
-    steps: tuple
+    steps: tuple[LayerPlan, ...]
 
     def __str__(self):
         where = {}
@@ -54,8 +53,9 @@ class Plan:
         return "\n".join(f"{self.module}, {', '.join(at)}: {text}" for text, at in where.items())
 
 
-def explain(module, input, hx=None):
-    """Which kernel ``module(input, hx)`` would run for each layer and direction, and why; runs nothing.
+def explain(module: torch.nn.Module, input, hx=None) -> Plan:
+    """Which kernel ``module(input, hx)`` would run for each layer and direction, and why; runs
+    nothing.
 
     Args:
         module: a layer or cell of rnn_ext.

@@ -4,15 +4,15 @@ import copy
 
 from torch import Tensor
 
-from .backends import current, warn_once
+from .backend import current, warn_once
 from .initialization import checked_recurrent_init
 
 
 class Replacement:
     """Mixed into a module whose ``_twin`` of torch.nn runs on the same attributes.
 
-    Input that the kernels do not take goes through the twin's forward. If that refuses it, the error is
-    torch's own; if it serves it, a `FallbackWarning` says so.
+    Input that the kernels do not take goes through the twin's forward. If that refuses it, the
+    error is torch's own; if it serves it, a `FallbackWarning` says so.
     """
 
     _twin: type
@@ -41,7 +41,7 @@ class Replacement:
         )
 
     def _must_compose(self, reason, extra):
-        """Whether what has no kernel for ``reason`` is composed of torch operations, not run by the twin."""
+        """Whether torch operations serve what no kernel takes (says ``reason``), not the twin."""
         backend = current()
         if backend == "cpu":
             raise RuntimeError(f"{self._get_name()}: the backend 'cpu' cannot run this: {reason}")
@@ -53,10 +53,11 @@ class Replacement:
                 f"{self._get_name()} with {extra}: {reason}; composed of torch operations instead"
             )
 
-    def _run_twin(self, input, hx, reason="it takes this input, rnn_ext does not"):
+    def _run_twin(self, input, hx, reason="it takes this input, rnn_ext does not", extra=None):
         result = self._twin.forward(self, input, hx)
-        if self._extra is not None:
-            raise RuntimeError(f"{self._get_name()} with {self._extra}: cannot run this: {reason}")
+        extra = extra or self._extra
+        if extra is not None:
+            raise RuntimeError(f"{self._get_name()} with {extra} cannot take this input")
         warn_once(f"{self._get_name()}: torch.nn's kernel serves instead: {reason}")
         return result
 
@@ -71,8 +72,8 @@ class Replacement:
         if self._extra is not None:
             raise RuntimeError(f"{self._get_name()} with {self._extra} cannot be scripted")
         warn_once(
-            f"{self._get_name()}: torch.jit.script puts torch.nn's in its place, in the scripted model and "
-            "in the original; rnn_ext.accelerate(original) undoes that"
+            f"{self._get_name()}: torch.jit.script puts torch.nn's in its place, in the scripted "
+            "model and in the original; rnn_ext.accelerate(original) undoes that"
         )
         twin = copy.copy(self)
         twin.__class__ = self._twin

@@ -1,8 +1,10 @@
 """`accelerate` and `restore`: exchange the recurrent layers of a model that exists with torch.nn's.
 
-A module's class is exchanged and nothing else, so whatever refers to the module, its parameters, hooks or
-buffers (an optimizer, a container, a second owner) goes on referring to the same objects.
+A module's class is exchanged and nothing else, so whatever refers to the module, its parameters,
+hooks or buffers (an optimizer, a container, a second owner) goes on referring to the same objects.
 """
+
+from typing import TypeVar
 
 import torch
 from torch.nn.utils import parametrize
@@ -10,18 +12,22 @@ from torch.nn.utils import parametrize
 from .cells import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN
 
+Model = TypeVar("Model", bound=torch.nn.Module)
+
 _OURS = {ours._twin: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}
 _TORCH = {ours: twin for twin, ours in _OURS.items()}
 # Attributes of ours that torch.nn's classes have not: choices of initialization, already made.
 _ONLY_OURS = ("forget_bias", "recurrent_init")
 
 
-def accelerate(model):
-    """Makes every torch.nn.RNN, LSTM, GRU and cell in ``model`` rnn_ext's, in place; returns ``model``.
+def accelerate(model: Model) -> Model:
+    """Makes every torch.nn.RNN, LSTM, GRU and cell in ``model`` rnn_ext's, in place; returns
+    ``model``.
 
-    Parameters, buffers, hooks, parametrizations, training flags and the modules themselves stay the same
-    objects, so an optimizer made before goes on working. Instances of classes derived from torch.nn's are
-    left alone, because what they override may not be ours to replace. Safe to call twice.
+    Parameters, buffers, hooks, parametrizations, training flags and the modules themselves stay the
+    same objects, so an optimizer made before goes on working. Instances of classes derived from
+    torch.nn's are left alone, because what they override may not be ours to replace. Safe to call
+    twice.
 
     Args:
         model: any `torch.nn.Module`, also a bare layer.
@@ -33,14 +39,16 @@ def accelerate(model):
     return model
 
 
-def restore(model):
-    """Makes every layer and cell of rnn_ext in ``model`` torch.nn's again, in place; returns ``model``.
+def restore(model: Model) -> Model:
+    """Makes every layer and cell of rnn_ext in ``model`` torch.nn's again, in place; returns
+    ``model``.
 
     The opposite of `accelerate`, also for models built from rnn_ext's layers.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: a layer does what torch.nn's cannot (named, with the module); nothing was changed.
+        ValueError: a layer does what torch.nn's cannot (named, with the module); nothing was
+        changed.
     """
     for name, module in _exchangeable(model, "restore", _TORCH):
         if module._extra is not None:
@@ -55,7 +63,7 @@ def restore(model):
 
 
 def _exchange(model, caller, classes):
-    """Gives each module of ``model`` the class that stands in for its own; returns those changed."""
+    """Gives each module of ``model`` the class that replaces its own; returns those changed."""
     changed = [module for _, module in _exchangeable(model, caller, classes)]
     for module in changed:
         own = _own_class(module)

@@ -21,7 +21,7 @@ from twins import (
 
 import rnn_ext
 from rnn_ext import FallbackWarning, explain, functional, use_backend
-from rnn_ext.backends import current
+from rnn_ext.backend import current
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +135,17 @@ def test_mixed_dtypes_that_torch_nn_takes():
     input = torch.randn(2, 4)
     with pytest.warns(FallbackWarning, match="different dtypes"):
         assert_same(ours(input, hx), theirs(input, hx))
+
+
+def test_what_torch_nn_takes_though_it_does_not_say_so():
+    """torch.nn.LSTM does not check the state of packed input, and lets c_0 broadcast."""
+    ours, theirs = twins("LSTM", 4, 3)
+    packed = pack_padded_sequence(torch.randn(5, 2, 4, dtype=torch.float64), [5, 3])
+    hx = torch.randn(1, 2, 3, dtype=torch.float64), torch.randn(1, 1, 3, dtype=torch.float64)
+    with pytest.warns(FallbackWarning, match="it takes this input, rnn_ext does not"):
+        assert_same(ours(packed, hx), theirs(packed, hx))
+    with pytest.raises(RuntimeError, match="LSTM with return_cells=True cannot take this input"):
+        ours(packed, hx, return_cells=True)
 
 
 AUTOCAST = {

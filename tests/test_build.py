@@ -1,4 +1,4 @@
-"""The build as a user meets it: a wheel in a clean environment, one sentence for what is missing."""
+"""The build as a user meets it: a wheel in a clean environment, a sentence for what is missing."""
 
 import os
 import re

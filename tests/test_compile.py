@@ -179,7 +179,8 @@ def test_transforms_of_torch_func(name):
     def loss(parameters, x):
         return torch.func.functional_call(ours, parameters, (x,))[0].square().sum()
 
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    with pytest.warns(FallbackWarning, match="transforms .* composed of torch operations"):
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
     for k in range(6):
         total = theirs(x[k])[0].square().sum()
         alone = torch.autograd.grad(total, list(theirs.parameters()))
@@ -196,4 +197,11 @@ def test_second_order_gradients():
     layer = rnn_ext.LSTM(2, 2, proj_size=1, dtype=torch.float64)
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     run = lambda x, *_: tuple(tensors(layer(x)))  # noqa: E731
-    assert torch.autograd.gradgradcheck(run, (x, *layer.parameters()))
+    with pytest.warns(FallbackWarning, match="gradients of gradients have no kernel"):
+        assert torch.autograd.gradgradcheck(run, (x, *layer.parameters()))
+
+
+def test_the_cpu_backend_does_not_compose():
+    layer, x = rnn_ext.GRU(2, 3), torch.randn(4, 5, 2)
+    with rnn_ext.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' cannot run this"):
+        torch.func.vmap(lambda x: layer(x)[0])(x)

@@ -149,7 +149,7 @@ def test_views_in_memory(name):
         for module in (ours, theirs):
             leaf = input.detach().requires_grad_()
             output = module(leaf, hx)[0]
-            # sum() sends back an expanded gradient, the product with a permuted tensor a strided one.
+            # sum() sends back an expanded gradient, the product with `weight` a strided one.
             weight = torch.arange(45.0, dtype=torch.float64).view(3, 3, 5).permute(2, 1, 0)
             loss = output.sum() + (output * weight).sum()
             grads.append(torch.autograd.grad(loss, [leaf, *module.parameters()]))

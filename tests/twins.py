@@ -1,7 +1,6 @@
 """Pairs of a layer of ours and torch.nn's with the same weights, and how they are compared."""
 
 import contextlib
-import sys
 import warnings
 
 import torch
@@ -77,4 +76,4 @@ def torch_nn_warnings_ignored():
 
 def forget_warnings():
     """Lets every `FallbackWarning` be raised again."""
-    sys.modules["rnn_ext.backends"]._warned.clear()
+    rnn_ext.backend._warned.clear()

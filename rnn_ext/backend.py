@@ -17,7 +17,7 @@ _warned = set()
 
 
 class FallbackWarning(UserWarning):
-    """A kernel of rnn_ext does not cover the call, so something slower serves it; the text says why."""
+    """No kernel of rnn_ext covers the call, so something slower serves it; the text says why."""
 
 
 def warn_once(reason):
@@ -27,8 +27,9 @@ def warn_once(reason):
         warnings.warn(reason, FallbackWarning, stacklevel=3)
 
 
-def backends():
-    """The backends by name, each a dict with ``available`` (bool) and ``reason`` (what it is or lacks).
+def backends() -> dict[str, dict]:
+    """The backends by name, each a dict with ``available`` (bool) and ``reason`` (what it is or
+    lacks).
 
     ``"cpu"`` also lists the instruction sets it can use here, best first, and the active one.
     """
@@ -51,17 +52,19 @@ def backends():
     }
 
 
-def current():
+def current() -> str:
     """Name of the active backend."""
-    # Dynamo cannot trace a context variable. A compiled model asks inside its operators, at run time.
+    # torch.compile cannot trace a context variable; code that it compiled runs the kernels.
     if torch.compiler.is_compiling():
         return "auto"
     return _current.get()
 
 
 @contextlib.contextmanager
-def use_backend(name):
+def use_backend(name: str):
     """Context manager: run rnn_ext's layers on backend ``name`` in this thread (or task) only.
+
+    Models that torch.compile compiled do not look at it: they run the kernels, as under "auto".
 
     Args:
         name: ``"auto"`` (the default: the fastest kernel that covers the input), ``"reference"``,
