@@ -28,7 +28,7 @@ TORCH_SPEC = os.environ.get("TORCH_SPEC") or "torch==2.13.0"
 PACKAGES = {
     "build": ["setuptools>=77", "wheel", "ninja", "numpy>=1.24"],
     "demo": ["tqdm", "matplotlib"],
-    "test": ["pytest>=8", "hypothesis", "tqdm", "matplotlib"],
+    "test": ["pytest>=8", "hypothesis", "expecttest", "tqdm", "matplotlib"],
     "lint": ["ruff==0.17.5", "clang-format==23.1.5"],
 }
 BUILD_VARIABLES = ["CXX", "CXXFLAGS", "CFLAGS", "LDFLAGS", "TORCH_CUDA_ARCH_LIST"]
@@ -128,18 +128,11 @@ def build():
         "-e",
         ".",
     ]
+    process = subprocess.Popen(
+        pip, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     lines = []
-    with (
-        log.open("w") as out,
-        subprocess.Popen(
-            pip,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        ) as process,
-    ):
+    with process, log.open("w") as out:
         for line in process.stdout:
             out.write(line)
             lines.append(line)

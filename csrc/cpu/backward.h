@@ -76,12 +76,12 @@ class Backward {
     if (a_.dw_hh) find_previous(member);
     member.wait();
     for (long i = a_.steps.count - 1; i >= 0; i--) step(share, a_.steps.at(i));
-    starts(share, a_.steps.at(0), 0);
+    if (a_.dh0) starts(share, a_.steps.at(0), 0);
     member.wait();
-    parameters(member);
+    Segment segments[kMaxSegments];
+    const int count = Cell::segments(hidden_, segments);
+    parameters(member, segments, count);
     if (a_.dx) {
-      Segment segments[2];
-      const int count = Cell::input_segments(hidden_, segments);
       const long rows = a_.steps.total();
       input_gradient(segments, count, input_, member.begin(rows), member.end(rows), delta_,
                      delta_width_, a_.dx);
@@ -145,7 +145,7 @@ class Backward {
         else if constexpr (Cell::phases == 2)
           run_phase<1>(second_, share, v, v.delta + 2 * hidden_, delta_width_, begin, end);
       }
-      if (phase == 0 && a_.steps.exists(a_.steps.next(t)))
+      if (phase == 0 && a_.dh0 && a_.steps.exists(a_.steps.next(t)))
         starts(share, a_.steps.next(t), continuing);
       share.wait();
     }
@@ -189,39 +189,32 @@ class Backward {
       });
   }
 
-  void parameters(const Member& m) const {
+  void parameters(const Member& m, const Segment* segments, int count) const {
     const long rows = a_.steps.total();
-    const long input = a_.sizes.input;
     real* scratch = scratch_ + m.id * WeightGradient<real>::scratch();
-    Segment segments[2];
-    const int inputs = Cell::input_segments(hidden_, segments);
-    for (int s = 0; s < inputs; s++) {
-      const long begin = m.begin(segments[s].count), end = m.end(segments[s].count);
-      if (a_.dw_ih)
-        WeightGradient<real>::run(segments[s], begin, end, delta_, delta_width_,
-                                  {a_.x, input, nullptr}, rows, input, a_.dw_ih, scratch);
-      if (a_.db_ih) bias_gradient(segments[s], begin, end, delta_, delta_width_, rows, a_.db_ih);
-    }
-    const int recurrents = Cell::recurrent_segments(hidden_, segments);
-    for (int s = 0; s < recurrents; s++) {
-      const long begin = m.begin(segments[s].count), end = m.end(segments[s].count);
-      if (a_.dw_hh)
-        WeightGradient<real>::run(segments[s], begin, end, delta_, delta_width_,
-                                  {nullptr, 0, previous_}, rows, output_, a_.dw_hh, scratch);
-      if (a_.db_hh) bias_gradient(segments[s], begin, end, delta_, delta_width_, rows, a_.db_hh);
-    }
-    const long h0 = m.begin(hidden_), h1 = m.end(hidden_);
-    if constexpr (Cell::phases == 2 && !projected) {
-      const Segment second{2 * hidden_, 2 * hidden_, hidden_};
-      if (a_.dw_hh)
-        WeightGradient<real>::run(second, h0, h1, delta_, delta_width_,
-                                  {a_.middle, hidden_, nullptr}, rows, hidden_, a_.dw_hh, scratch);
-      if (a_.db_hh) bias_gradient(second, h0, h1, delta_, delta_width_, rows, a_.db_hh);
+    for (const Segment* s = segments; s < segments + count; s++) {
+      const long begin = m.begin(s->count), end = m.end(s->count);
+      Target<real> targets[2];
+      int wanted = 0;
+      if (a_.dw_ih && s->input)
+        targets[wanted++] = {{a_.x, a_.sizes.input, nullptr}, a_.sizes.input, a_.dw_ih};
+      if (a_.dw_hh && s->recurrent == Operand::kPreviousState)
+        targets[wanted++] = {{nullptr, 0, previous_}, output_, a_.dw_hh};
+      if (a_.dw_hh && s->recurrent == Operand::kMiddle)
+        targets[wanted++] = {{a_.middle, hidden_, nullptr}, hidden_, a_.dw_hh};
+      if (wanted)
+        WeightGradient<real>::run(*s, begin, end, delta_, delta_width_, targets, wanted, rows,
+                                  scratch);
+      real* db_ih = s->input ? a_.db_ih : nullptr;
+      real* db_hh = s->recurrent != Operand::kNone ? a_.db_hh : nullptr;
+      if (db_ih || db_hh) bias_gradient(*s, begin, end, delta_, delta_width_, rows, db_ih, db_hh);
     }
     if constexpr (projected)
-      if (a_.dw_hr)
-        WeightGradient<real>::run({0, 0, output_}, m.begin(output_), m.end(output_), dh_, output_,
-                                  {a_.middle, hidden_, nullptr}, rows, hidden_, a_.dw_hr, scratch);
+      if (a_.dw_hr) {
+        const Target<real> target{{a_.middle, hidden_, nullptr}, hidden_, a_.dw_hr};
+        WeightGradient<real>::run({0, 0, output_, false, Operand::kNone}, m.begin(output_),
+                                  m.end(output_), dh_, output_, &target, 1, rows, scratch);
+      }
   }
 
   const BackwardArgs<real>& a_;

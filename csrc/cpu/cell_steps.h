@@ -40,9 +40,16 @@ struct BackwardView {
   real* dc;
 };
 
-// Columns [delta_column, + count) of delta are the gradient of rows [weight_row, + count) of a weight matrix.
+// What the recurrent weights were multiplied with.
+enum class Operand { kNone, kPreviousState, kMiddle };
+
+// Columns [delta_column, + count) of delta are the gradient at rows [weight_row, + count) of W x (`input`) and of
+// U times an operand (`recurrent`).
+constexpr int kMaxSegments = 3;
 struct Segment {
   long delta_column, weight_row, count;
+  bool input;
+  Operand recurrent;
 };
 
 template <class real>
@@ -64,8 +71,9 @@ struct ElmanSteps {
   static constexpr bool carries = false, keeps_gates = false, has_cell_state = false,
                         split_bias = false;
   static constexpr bool keeps_middle = false;
-  static int input_segments(long hidden, Segment* s) { return s[0] = {0, 0, hidden}, 1; }
-  static int recurrent_segments(long hidden, Segment* s) { return s[0] = {0, 0, hidden}, 1; }
+  static int segments(long hidden, Segment* s) {
+    return s[0] = {0, 0, hidden, true, Operand::kPreviousState}, 1;
+  }
 
   template <int phase, bool save>
   RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,
@@ -95,8 +103,9 @@ struct LstmSteps {
   static constexpr bool carries = false, keeps_gates = true, has_cell_state = true,
                         split_bias = false;
   static constexpr bool keeps_middle = projected;
-  static int input_segments(long hidden, Segment* s) { return s[0] = {0, 0, 4 * hidden}, 1; }
-  static int recurrent_segments(long hidden, Segment* s) { return s[0] = {0, 0, 4 * hidden}, 1; }
+  static int segments(long hidden, Segment* s) {
+    return s[0] = {0, 0, 4 * hidden, true, Operand::kPreviousState}, 1;
+  }
 
   template <int phase, bool save>
   RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,
@@ -163,10 +172,12 @@ struct GruSteps {
   static constexpr bool carries = true, keeps_gates = true, has_cell_state = false,
                         split_bias = true;
   static constexpr bool keeps_middle = true;
-  static int input_segments(long hidden, Segment* s) {
-    return s[0] = {0, 0, 2 * hidden}, s[1] = {3 * hidden, 2 * hidden, hidden}, 2;
+  static int segments(long hidden, Segment* s) {
+    s[0] = {0, 0, 2 * hidden, true, Operand::kPreviousState};
+    s[1] = {2 * hidden, 2 * hidden, hidden, false, Operand::kPreviousState};
+    s[2] = {3 * hidden, 2 * hidden, hidden, true, Operand::kNone};
+    return 3;
   }
-  static int recurrent_segments(long hidden, Segment* s) { return s[0] = {0, 0, 3 * hidden}, 1; }
 
   template <int phase, bool save>
   RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,
@@ -220,8 +231,11 @@ struct GruResetBeforeSteps {
   static constexpr bool carries = true, keeps_gates = true, has_cell_state = false,
                         split_bias = false;
   static constexpr bool keeps_middle = true;
-  static int input_segments(long hidden, Segment* s) { return s[0] = {0, 0, 3 * hidden}, 1; }
-  static int recurrent_segments(long hidden, Segment* s) { return s[0] = {0, 0, 2 * hidden}, 1; }
+  static int segments(long hidden, Segment* s) {
+    s[0] = {0, 0, 2 * hidden, true, Operand::kPreviousState};
+    s[1] = {2 * hidden, 2 * hidden, hidden, true, Operand::kMiddle};
+    return 2;
+  }
 
   template <int phase, bool save>
   RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,

@@ -75,10 +75,9 @@ struct BackwardArgs {
   const real* d_out;                                   // [N, P] or null (zero)
   const real* d_hn;                                    // [B, P] or null
   const real* d_c;                                     // [N, H] or null: gradient of every c_t
-  real* dc;   // LSTM: [B, H], dL/dc_n on entry, dL/dc0 afterwards
-  real* dh0;  // [B, P], always written
+  real* dc;  // LSTM: [B, H], dL/dc_n on entry, dL/dc0 afterwards
   // null where the gradient was not asked for
-  real *dx, *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
+  real *dx, *dh0, *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
   Plan plan;
 };
 

@@ -208,12 +208,12 @@ std::array<OptionalTensor, kLayerInputs> backward(const Call& call, const LayerI
                          : at::zeros(like.sizes(), call.options());
   };
   allocate(0, in.input);
+  allocate(1, in.h0);
   allocate(3, in.w_ih);
   allocate(4, in.w_hh);
   if (in.b_ih) allocate(5, *in.b_ih);
   if (in.b_hh) allocate(6, *in.b_hh);
   if (in.w_hr) allocate(7, *in.w_hr);
-  out[1] = at::empty({call.batch, s.output}, call.options());
   if (in.c0)
     out[2] = d.d_c_n && d.d_c_n->defined()
                  ? d.d_c_n->to(call.compute, false, /*copy=*/true).contiguous()
