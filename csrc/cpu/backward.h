@@ -60,7 +60,7 @@ class Backward {
     if (a_.dx)
       input_.packed = arena.take<real>(ColumnPanels<real>::size(input_.depth, input_.columns));
     delta_ = arena.take<real>(rows * delta_width_);
-    if constexpr (projected) dh_ = arena.take<real>(rows * output_);
+    if constexpr (projected) dh_ = arena.take<real>(rows * output_ + kPadding);
     carry_ = arena.take<real>(a_.steps.batch * output_);
     if (a_.dw_hh) previous_ = arena.take<const real*>(rows);
     scratch_ = arena.take<real>(a_.plan.threads * WeightGradient<real>::scratch());

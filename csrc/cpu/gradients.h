@@ -47,13 +47,13 @@ class WeightGradient {
   static constexpr long kDepth = 128, kStrips = 20;
 
  public:
-  static size_t scratch() { return size_t(kStrips) * strip * kDepth + strip + kDepth * width; }
+  static size_t scratch() { return size_t(kStrips) * strip * kDepth + width + kDepth * width; }
 
   // Rows [begin, end) of a segment; `scratch` is this thread's own.
   RNN_EXT_NOINLINE static void run(const Segment& segment, long begin, long end, const real* delta,
                                    long delta_width, const Target<real>* targets, int count,
                                    long depth, real* scratch) {
-    real *strips = scratch, *panel = scratch + kStrips * strip * kDepth + strip;
+    real *strips = scratch, *panel = scratch + kStrips * strip * kDepth + width;
     const long strips_in_all = (end - begin + strip - 1) / strip;
     const long blocks = (strips_in_all + kStrips - 1) / kStrips;
     const long block = blocks ? (strips_in_all + blocks - 1) / blocks * strip : 1;
@@ -84,18 +84,14 @@ class WeightGradient {
     }
   }
 
+  // Whole registers are copied: what a row has too much, the next row overwrites. Rows of delta are padded.
   static void pack_strips(const real* delta, long delta_width, long rows, long depth,
                           real* strips) {
     for (long s = 0; s * strip < rows; s++) {
       const real* from = delta + s * strip;
       real* to = strips + s * strip * kDepth;
-      if (rows - s * strip >= strip) {
-        for (long k = 0; k < depth; k++) RNN_EXT_UNROLL
-        for (int i = 0; i < strip; i++) to[k * strip + i] = from[k * delta_width + i];
-      } else {
-        for (long k = 0; k < depth; k++)
-          for (int i = 0; i < rows - s * strip; i++) to[k * strip + i] = from[k * delta_width + i];
-      }
+      for (long k = 0; k < depth; k++, from += delta_width, to += strip) RNN_EXT_UNROLL
+        for (int i = 0; i < strip; i += lanes) store(to + i, load(from + i));
     }
   }
 
