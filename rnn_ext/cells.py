@@ -58,8 +58,8 @@ class _OneStep:
         run = None
         if reason is not None:
             name, backend = self._get_name(), current()
-            if backend == "cpu":
-                raise RuntimeError(f"{name}: the backend 'cpu' cannot run this: {reason}")
+            if backend not in ("auto", "reference"):
+                raise RuntimeError(f"{name}: the backend {backend!r} cannot run this: {reason}")
             if backend == "auto":
                 if self._extra is None:
                     return self._run_twin(input, hx, reason)

@@ -82,9 +82,9 @@ class RecurrentLayers(torch.nn.RNNBase):
         if reason is not None:
             extra = self._extra or ("return_cells=True" if return_cells else None)
             backend = current()
-            if backend == "cpu":
+            if backend not in ("auto", "reference"):
                 raise RuntimeError(
-                    f"{self._get_name()}: the backend 'cpu' cannot run this: {reason}"
+                    f"{self._get_name()}: the backend {backend!r} cannot run this: {reason}"
                 )
             if backend == "auto" and extra is None:
                 return *self._run_twin(input, hx, reason), None
