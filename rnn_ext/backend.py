@@ -6,11 +6,12 @@ import warnings
 
 import torch
 
-from .version import __version__
+from . import _C
 
-_CUDA_MISSING = f"rnn_ext {__version__} has no CUDA kernels"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _DTYPE_NAMES = "float32, float64 or bfloat16"
+_CUDA_DTYPES = (*_DTYPES, torch.float16)
+_CUDA_DTYPE_NAMES = "float32, float64, float16 or bfloat16"
 
 _current = contextvars.ContextVar("rnn_ext_backend", default="auto")
 _warned = set()
@@ -33,8 +34,7 @@ def backends() -> dict[str, dict]:
 
     ``"cpu"`` also lists the instruction sets it can use here, best first, and the active one.
     """
-    from . import _C
-
+    obstacle = cuda_obstacle()
     return {
         "auto": {"available": True, "reason": "the fastest kernel that covers the input"},
         "reference": {
@@ -47,9 +47,27 @@ def backends() -> dict[str, dict]:
             "instruction_sets": list(_C.cpu_isas()),
             "active": _C.cpu_isa(),
         },
-        "cuda-step": {"available": False, "reason": _CUDA_MISSING},
-        "cuda-persistent": {"available": False, "reason": _CUDA_MISSING},
+        "cuda-step": {
+            "available": obstacle is None,
+            "reason": obstacle
+            or f"one product and one fused kernel a step for {_CUDA_DTYPE_NAMES} on CUDA, "
+            f"compiled for {_C.cuda_architectures.replace(';', ', ')}",
+        },
+        "cuda-persistent": {
+            "available": False,
+            "reason": obstacle or "this build has no persistent CUDA kernels",
+        },
     }
+
+
+def cuda_obstacle():
+    """Why no CUDA kernel can run in this process (a phrase), or None."""
+    if not _C.cuda_architectures:
+        return "this build has no CUDA kernels"
+    obstacle = _C.cuda_unavailable()
+    if not obstacle and torch.version.cuda is None:
+        obstacle = f"this torch ({torch.__version__}) has no CUDA"
+    return obstacle or None
 
 
 def current() -> str:
@@ -95,6 +113,9 @@ def uncovered(x, states, weights):
 
     ``states`` are tensors, ``weights`` groups of tensors or None.
     """
+    backend = current()
+    if backend not in ("auto", "reference") and x.is_cuda != backend.startswith("cuda"):
+        return f"its input is on {x.device}"
     dtype = x.dtype
     tensors = [x, *states]
     for group in weights:
@@ -114,7 +135,7 @@ def _mixed(tensors):
     if any(tensor.device != first.device for tensor in tensors):
         return "its tensors are on different devices"
     if first.is_cuda:
-        return _CUDA_MISSING
+        return _uncovered_on_cuda(tensors)
     if not first.is_cpu:
         return f"there are no kernels for device {first.device.type!r}"
     if torch.is_autocast_enabled("cpu"):
@@ -128,6 +149,37 @@ def _autocast(tensors):
     if dtype == torch.bfloat16 and castable:
         return _recording()
     return f"autocast to {_name(dtype)} from these dtypes has no CPU kernel"
+
+
+def _uncovered_on_cuda(tensors):
+    if not _C.cuda_architectures:
+        return "this build has no CUDA kernels"
+    if not torch.compiler.is_compiling():
+        capability = torch.cuda.get_device_capability(tensors[0].device)
+        if not any(_runs_on(name, capability) for name in _C.cuda_architectures.split(";")):
+            return (
+                f"rnn_ext was compiled for {_C.cuda_architectures.replace(';', ', ')}, "
+                f"but this GPU is {capability[0]}.{capability[1]}"
+            )
+    dtypes = [tensor.dtype for tensor in tensors]
+    if torch.is_autocast_enabled("cuda") and torch.float64 not in dtypes:
+        dtypes = [torch.get_autocast_dtype("cuda")]
+    if any(dtype != dtypes[0] for dtype in dtypes):
+        return "its tensors have different dtypes"
+    if dtypes[0] not in _CUDA_DTYPES:
+        return f"{_name(dtypes[0])} has no CUDA kernel (use {_CUDA_DTYPE_NAMES})"
+    return _recording()
+
+
+def _runs_on(architecture, capability):
+    """Whether code for ``architecture``, as TORCH_CUDA_ARCH_LIST names it, runs on a GPU."""
+    name = architecture.removesuffix("+PTX")
+    major, minor = (int(number) for number in name.rstrip("af").split("."))
+    if name.endswith("a"):
+        return capability == (major, minor)
+    if architecture.endswith("+PTX") and not name.endswith("f"):
+        return capability >= (major, minor)
+    return capability[0] == major and capability[1] >= minor
 
 
 def _recording():
