@@ -66,11 +66,15 @@ def compiled_extension():
         link_flags += toolkit.link_flags
         system_includes += [str(toolkit.home / "include")]
 
+    sources = files("ops/*.cpp", "cpu/*.cpp")
+    if not toolkit:
+        sources = [f for f in sources if "ops/cuda_" not in f]
+
     # No -fopenmp, neither here nor at the link: parallel regions call the OpenMP runtime that
     # torch has loaded, and a second one must not come in.
     extension = CppExtension(
         "rnn_ext._C",
-        files("ops/*.cpp", "cpu/*.cpp"),
+        sources,
         define_macros=macros,
         depends=files("**/*.h", "**/*.cuh", "**/*.cu"),
         extra_link_args=link_flags,

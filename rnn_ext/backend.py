@@ -6,11 +6,12 @@ import warnings
 
 import torch
 
-from .version import __version__
+from . import _C
 
-_CUDA_MISSING = f"rnn_ext {__version__} has no CUDA kernels"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _DTYPE_NAMES = "float32, float64 or bfloat16"
+_CUDA_DTYPES = (*_DTYPES, torch.float16)
+_CUDA_DTYPE_NAMES = "float32, float64, float16 or bfloat16"
 
 _current = contextvars.ContextVar("rnn_ext_backend", default="auto")
 _warned = set()
@@ -33,8 +34,7 @@ def backends() -> dict[str, dict]:
 
     ``"cpu"`` also lists the instruction sets it can use here, best first, and the active one.
     """
-    from . import _C
-
+    obstacle = _cuda_obstacle()
     return {
         "auto": {"available": True, "reason": "the fastest kernel that covers the input"},
         "reference": {
@@ -47,9 +47,29 @@ def backends() -> dict[str, dict]:
             "instruction_sets": list(_C.cpu_isas()),
             "active": _C.cpu_isa(),
         },
-        "cuda-step": {"available": False, "reason": _CUDA_MISSING},
-        "cuda-persistent": {"available": False, "reason": _CUDA_MISSING},
+        "cuda-step": {
+            "available": obstacle is None,
+            "reason": obstacle
+            or f"one product and one fused kernel a step, for {_CUDA_DTYPE_NAMES} on GPUs of "
+            f"compute capability {_cuda_architectures()}",
+        },
+        "cuda-persistent": {
+            "available": False,
+            "reason": obstacle or "this build has no persistent CUDA kernels",
+        },
     }
+
+
+def _cuda_obstacle():
+    """Why no CUDA kernel can run in this process (a phrase), or None."""
+    obstacle = _C.cuda_unavailable()
+    if not obstacle and torch.version.cuda is None:
+        obstacle = f"this torch ({torch.__version__}) has no CUDA"
+    return obstacle or None
+
+
+def _cuda_architectures():
+    return _C.cuda_architectures.replace(";", ", ")
 
 
 def current() -> str:
@@ -96,6 +116,9 @@ def uncovered(x, states, weights):
     ``states`` are tensors, ``weights`` groups of tensors or None.
     """
     dtype = x.dtype
+    backend = current()
+    if backend not in ("auto", "reference") and x.is_cuda != backend.startswith("cuda"):
+        return f"its input is on {x.device}"
     tensors = [x, *states]
     for group in weights:
         tensors += group
@@ -114,12 +137,44 @@ def _mixed(tensors):
     if any(tensor.device != first.device for tensor in tensors):
         return "its tensors are on different devices"
     if first.is_cuda:
-        return _CUDA_MISSING
+        return _uncovered_on_cuda(tensors)
     if not first.is_cpu:
         return f"there are no kernels for device {first.device.type!r}"
     if torch.is_autocast_enabled("cpu"):
         return _autocast(tensors)
     return "its tensors have different dtypes"
+
+
+def _uncovered_on_cuda(tensors):
+    if not _C.cuda_architectures:
+        return "this build has no CUDA kernels"
+    if not torch.compiler.is_compiling():
+        capability = torch.cuda.get_device_capability(tensors[0].device)
+        if not any(_runs_on(name, capability) for name in _C.cuda_architectures.split(";")):
+            return (
+                f"its kernels were compiled for compute capability {_cuda_architectures()}, and "
+                f"this GPU has {capability[0]}.{capability[1]}"
+            )
+    dtypes = {tensor.dtype for tensor in tensors}
+    if torch.is_autocast_enabled("cuda") and torch.float64 not in dtypes:
+        dtypes = {torch.get_autocast_dtype("cuda")}
+    if len(dtypes) > 1:
+        return "its tensors have different dtypes"
+    (dtype,) = dtypes
+    if dtype not in _CUDA_DTYPES:
+        return f"{_name(dtype)} has no CUDA kernel (use {_CUDA_DTYPE_NAMES})"
+    return _recording()
+
+
+def _runs_on(architecture, capability):
+    """Whether code for ``architecture``, as TORCH_CUDA_ARCH_LIST names it, runs on a GPU."""
+    name, ptx, _ = architecture.partition("+PTX")
+    major, minor = (int(number) for number in name.rstrip("af").split("."))
+    if name.endswith("a"):  # of this GPU alone
+        return capability == (major, minor)
+    if ptx and not name.endswith("f"):
+        return capability >= (major, minor)
+    return capability[0] == major and capability[1] >= minor
 
 
 def _autocast(tensors):

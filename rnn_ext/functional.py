@@ -138,8 +138,8 @@ def _one_layer(
     if reason is not None:
         run = composite.layer
         backend = current()
-        if backend == "cpu":
-            raise RuntimeError(f"{name}: the backend 'cpu' cannot run this: {reason}")
+        if backend not in ("auto", "reference"):
+            raise RuntimeError(f"{name}: the backend {backend!r} cannot run this: {reason}")
         if backend == "auto":
             warn_once(f"{name}: {reason}; composed of torch operations instead")
     output, (h_n,), (c_n,), cells = stack(
@@ -178,13 +178,16 @@ def stack(
     ``h0``, ``c0`` (Nones but for the LSTM) and ``weights`` (w_ih, w_hh, b_ih, b_hh, w_hr) are lists
     with an entry for each layer and direction, directions innermost; ``x`` is [T, B, I], or [N, I]
     with ``batch_sizes``. Returns ``output``, the lists of h_n and c_n, and with ``return_cells``
-    the last layer's cells. Under CPU autocast the results have the dtypes that torch.nn gives them,
+    the last layer's cells. Under autocast the results have the dtypes that torch.nn gives them,
     ``fused`` for the layers, not ``fused`` for the cells.
     """
-    if torch.is_autocast_enabled("cpu") and x.is_cpu and x.dtype != torch.float64:
+    device = "cuda" if x.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         fused = fused and batch_sizes is None and x.size(1) > 0
-        dtype, h_dtype = _autocast_dtypes(cell, h0[0], c0[0], weights[0][4] is not None, fused)
-        with torch.autocast("cpu", enabled=False):
+        dtype, h_dtype = _autocast_dtypes(
+            device, cell, h0[0], c0[0], weights[0][4] is not None, fused
+        )
+        with torch.autocast(device, enabled=False):
             output, h_n, c_n, cells = stack(
                 cell,
                 x.to(dtype),
@@ -242,10 +245,13 @@ def stack(
     return x, h_n, c_n, torch.cat(cells, -1) if directions > 1 else cells
 
 
-def _autocast_dtypes(cell, h0, c0, projected, fused):
-    """What torch.nn computes in and returns h in: products are cast, a fused LSTM as a whole."""
-    cast = torch.get_autocast_dtype("cpu")
-    if cell.startswith("rnn") or (cell == "lstm" and fused and not projected):
+def _autocast_dtypes(device, cell, h0, c0, projected, fused):
+    """What torch.nn computes in and returns h in.
+
+    On CUDA layers and cells are cast as a whole, on the CPU products, and a fused LSTM as a whole.
+    """
+    cast = torch.get_autocast_dtype(device)
+    if device == "cuda" or cell.startswith("rnn") or (cell == "lstm" and fused and not projected):
         return cast, cast
     state = torch.promote_types((h0 if c0 is None else c0).dtype, cast)
     return state, cast if projected else state

@@ -23,6 +23,10 @@ def layer(cell, tensors, batch_sizes, reverse):
     return (output, h_n, c_n, cells) if cell == "lstm" else (output, h_n, None, None)
 
 
+def _on_cuda(tensor):
+    return tensor.is_cuda
+
+
 @torch.library.custom_op(
     "rnn_ext::layer",
     mutates_args=(),
@@ -37,7 +41,7 @@ def _layer(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, rever
     wide_cells = None
     if states is output:
         states = None
-    elif cells is not None:
+    if cells is not None and cells.dtype != input.dtype:
         wide_cells, cells = cells, cells.to(input.dtype)
     results = (output, h_n, c_n, cells, states, wide_cells, gates, middle)
     return tuple(input.new_empty(0) if t is None else t for t in results)
@@ -47,10 +51,16 @@ def _layer(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, rever
 def _(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     wider = compute != input.dtype
+    # What only the kernels read is as wide as what they compute with on the CPU, not on CUDA.
+    stored = input.dtype if _on_cuda(input) else compute
     leading = input.shape[:-1]
     output_size = h0.shape[1]
-    hidden = w_ih.shape[0] // {"lstm": 4, "gru": 3, "gru_reset_before": 3}.get(cell, 1)
-    width = _C.gates_width(cell, hidden, compute.itemsize)
+    gates = {"lstm": 4, "gru": 3, "gru_reset_before": 3}.get(cell, 1)
+    hidden = w_ih.shape[0] // gates
+    if _on_cuda(input):
+        width = gates * hidden if gates > 1 else 0
+    else:
+        width = _C.gates_width(cell, hidden, compute.itemsize)
     rows = input.numel() // input.shape[-1]
 
     def empty(*shape, dtype=input.dtype):
@@ -62,10 +72,10 @@ def _(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
         torch.empty_like(h0, memory_format=torch.contiguous_format),
         empty(*c0.shape) if lstm else empty(0),
         empty(*leading, hidden) if lstm else empty(0),
-        empty(*leading, output_size, dtype=compute) if wider else empty(0),
+        empty(*leading, output_size, dtype=stored) if stored != input.dtype else empty(0),
         empty(*leading, hidden, dtype=compute) if wider and lstm else empty(0),
-        empty(rows, width, dtype=compute) if width else empty(0),
-        empty(rows, hidden, dtype=compute) if middle else empty(0),
+        empty(rows, width, dtype=stored) if width else empty(0),
+        empty(rows, hidden, dtype=stored) if middle else empty(0),
     )
 
 
@@ -81,12 +91,12 @@ def _layer_backward(
 ):  # fmt: skip
     tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     saved = [output, cells, gates, middle]
-    if input.dtype == torch.bfloat16:
-        saved[:2] = states, wide_cells
+    if input.dtype in (torch.bfloat16, torch.float16):
+        saved[:2] = output if _on_cuda(input) else states, wide_cells
     gradients = _C.layer_backward(
         cell, *tensors, batch_sizes, reverse,
         saved[0], *(t if c0 is not None or i else None for i, t in enumerate(saved[1:])),
-        _C.cpu_isa(), d_output, d_h_n, d_c_n, d_cells, wanted,
+        "cuda-step" if _on_cuda(input) else _C.cpu_isa(), d_output, d_h_n, d_c_n, d_cells, wanted,
     )  # fmt: skip
     return [input.new_empty(0) if g is None else g for g in gradients]
 

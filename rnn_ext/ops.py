@@ -73,9 +73,10 @@ def _needs_composite():
     ):
         return current() == "reference"
     what = "torch.func transforms and forward-mode derivatives have no kernel"
-    if current() == "cpu":
-        raise RuntimeError(f"rnn_ext: the backend 'cpu' cannot run this: {what}; use 'auto'")
-    if current() == "auto":
+    backend = current()
+    if backend not in ("auto", "reference"):
+        raise RuntimeError(f"rnn_ext: the backend {backend!r} cannot run this: {what}; use 'auto'")
+    if backend == "auto":
         warn_once(f"rnn_ext: {what}; composed of torch operations instead")
     return True
 

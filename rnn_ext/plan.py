@@ -14,9 +14,10 @@ from .layers import RecurrentLayers
 class LayerPlan:
     """How one layer runs in one direction.
 
-    kernel: "cpu" (rnn_ext's), "reference" (torch operations), "torch.nn" or "none" (an error); isa:
-    the instruction set, "" if not ours; threads: how many; split: what they share out, "rows" of
-    the batch, "columns" of the hidden state or "none"; reason: why.
+    kernel: "cpu" or "cuda-step" (rnn_ext's), "reference" (torch operations), "torch.nn" or "none"
+    (an error); isa: the CPU's instruction set, "" if it is not ours; threads: how many on the CPU;
+    split: what they share out, "rows" of the batch, "columns" of the hidden state or "none";
+    reason: why.
     """
 
     layer: int
@@ -90,23 +91,28 @@ def explain(module: torch.nn.Module, input, hx=None) -> Plan:
     reason = uncovered(x, states, weights)
     plans = []
     for k, group in enumerate(weights):
-        how = _choose(module, x.dtype, steps, batch, group, reason)
+        how = _choose(module, x, steps, batch, group, reason)
         plans.append(LayerPlan(k // directions, "reverse" if k % directions else "forward", **how))
     return Plan(str(module), tuple(plans))
 
 
-def _choose(module, dtype, steps, batch, weights, obstacle):
+def _choose(module, x, steps, batch, weights, obstacle):
     """The fields of a `LayerPlan` that do not depend on where the layer stands."""
     elsewhere = {"isa": "", "threads": torch.get_num_threads(), "split": "none"}
     backend = current()
     if backend == "reference":
         return {"kernel": "reference", "reason": "use_backend('reference') is active", **elsewhere}
+    if obstacle is None and x.is_cuda:
+        reason = "one product and one fused kernel a step"
+        return {"kernel": "cuda-step", "reason": reason, **elsewhere}
     if obstacle is None:
         w_ih, w_hh = weights[:2]
         sizes = w_ih.size(1), w_hh.size(0) // functional.gates(module._cell), w_hh.size(1)
-        chosen = _C.plan_cpu(module._cell, str(dtype).removeprefix("torch."), steps, batch, *sizes)
+        dtype = str(x.dtype).removeprefix("torch.")
+        chosen = _C.plan_cpu(module._cell, dtype, steps, batch, *sizes)
         return {field: chosen[field] for field in ("kernel", "isa", "threads", "split", "reason")}
-    if backend == "cpu":
-        return {"kernel": "none", "reason": f"use_backend('cpu') refuses: {obstacle}", **elsewhere}
+    if backend != "auto":
+        reason = f"use_backend({backend!r}) refuses: {obstacle}"
+        return {"kernel": "none", "reason": reason, **elsewhere}
     kernel = "torch.nn" if module._extra is None else "reference"
     return {"kernel": kernel, "reason": obstacle, **elsewhere}

@@ -43,8 +43,9 @@ class Replacement:
     def _must_compose(self, reason, extra):
         """Whether torch operations serve what no kernel takes (says ``reason``), not the twin."""
         backend = current()
-        if backend == "cpu":
-            raise RuntimeError(f"{self._get_name()}: the backend 'cpu' cannot run this: {reason}")
+        if backend not in ("auto", "reference"):
+            name = self._get_name()
+            raise RuntimeError(f"{name}: the backend {backend!r} cannot run this: {reason}")
         return extra is not None or backend == "reference"
 
     def _warn_composed(self, reason, extra):

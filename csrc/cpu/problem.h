@@ -4,11 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../cells/kind.h"
 #include "plan.h"
 
 namespace rnn_ext {
-
-enum class CellKind { kRnnTanh, kRnnRelu, kRnnSigmoid, kLstm, kGru, kGruResetBefore };
 
 // The time axis. Rows of step t are offsets[t] .. offsets[t + 1]; row r of a step belongs to sequence r, and the
 // number of rows never grows with t (the layout of a PackedSequence; a padded batch has B rows at every step).

@@ -5,7 +5,12 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/scratch.h"
-#include "layer.h"
+#include "../cuda/device_limits.h"
+#include "cuda_layer.h"
+
+#ifndef RNN_EXT_CUDA_ARCHS
+#define RNN_EXT_CUDA_ARCHS ""
+#endif
 
 namespace py = pybind11;
 using namespace rnn_ext;
@@ -63,6 +68,14 @@ py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps,
   return d;
 }
 
+// Why no CUDA kernel can run here, or "".
+std::string cuda_unavailable() {
+  if constexpr (kHasCudaKernels)
+    return cuda::unavailable_reason();
+  else
+    return "this build has no CUDA kernels";
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -82,5 +95,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &available_isas);
   m.def("cpu_isa", [] { return std::string(active_kernels().name); });
   m.def("set_cpu_isa", &set_isa);
+  // As in TORCH_CUDA_ARCH_LIST, "" without CUDA kernels.
+  m.attr("cuda_architectures") = RNN_EXT_CUDA_ARCHS;
+  m.def("cuda_unavailable", &cuda_unavailable);
   m.def("poison_scratch", &Scratch::poison);
 }

@@ -8,37 +8,16 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "cuda_layer.h"
 
 namespace rnn_ext {
 namespace {
 
 using at::Tensor;
 
-// The shape of a call, checked.
-struct Call {
-  CellKind kind;
-  bool packed;
-  at::ScalarType dtype, compute;  // as given, and float or double
-  Sizes sizes;
-  long gates, steps, batch, rows;
-  std::vector<int64_t> offsets;
-
-  Steps time(bool reverse) const { return {steps, batch, offsets.data(), reverse}; }
-  at::TensorOptions options() const { return at::TensorOptions().dtype(compute); }
-  Plan plan() const {
-    const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    return choose_plan({steps, batch, sizes.input, sizes.hidden, sizes.output, gates,
-                        long(c10::elementSize(compute)), threads});
-  }
-  std::vector<int64_t> laid_out(long features) const {
-    return packed ? std::vector<int64_t>{rows, features}
-                  : std::vector<int64_t>{steps, batch, features};
-  }
-};
-
 void check_tensor(const char* name, const Tensor& t, const Tensor& like, at::IntArrayRef shape) {
-  TORCH_CHECK(t.device().is_cpu(), "rnn_ext: ", name, " is on ", t.device(),
-              ", but this kernel runs on the CPU");
+  TORCH_CHECK(t.device() == like.device(), "rnn_ext: ", name, " is on ", t.device(),
+              ", but input is on ", like.device(), "; move one of them");
   TORCH_CHECK(t.scalar_type() == like.scalar_type(), "rnn_ext: ", name, " has dtype ",
               t.scalar_type(), ", but input has ", like.scalar_type(), "; convert one of them");
   TORCH_CHECK(t.sizes() == shape, "rnn_ext: expected ", name, " of shape ", shape, ", got ",
@@ -68,15 +47,35 @@ void read_batch_sizes(const Tensor& batch_sizes, Call& call) {
               call.offsets.back(), ", but input has ", call.rows, " rows");
 }
 
-Call check(const LayerInputs& in) {
+void check_device(const LayerInputs& in) {
+  const at::ScalarType dtype = in.input.scalar_type();
+  const bool common = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16;
+  if (on_cuda(in.input)) {
+    TORCH_CHECK(common || dtype == at::kHalf, in.cell, ": ", dtype,
+                " is not supported on CUDA; use float32, float64, float16 or bfloat16");
+    return;
+  }
+  TORCH_CHECK(in.input.is_cpu(), "rnn_ext: this build has no kernels for device ",
+              in.input.device());
+  TORCH_CHECK(common, in.cell, ": ", dtype,
+              " is not supported on the CPU; use float32, float64 or bfloat16");
+}
+
+}  // namespace
+
+Plan Call::plan() const {
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  return choose_plan({steps, batch, sizes.input, sizes.hidden, sizes.output, gates,
+                      long(c10::elementSize(compute)), threads});
+}
+
+Call check_call(const LayerInputs& in) {
+  check_device(in);
   Call call;
   call.kind = cell_kind(in.cell);
   call.gates = cell_gates(call.kind);
   call.packed = in.batch_sizes.has_value();
   call.dtype = in.input.scalar_type();
-  TORCH_CHECK(call.dtype == at::kFloat || call.dtype == at::kDouble || call.dtype == at::kBFloat16,
-              in.cell, ": ", call.dtype,
-              " is not supported on the CPU; use float32, float64 or bfloat16");
   call.compute = call.dtype == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK(in.input.dim() == (call.packed ? 2 : 3), "rnn_ext: input must have ",
               call.packed ? 2 : 3, " dimensions, got ", in.input.dim());
@@ -111,6 +110,8 @@ Call check(const LayerInputs& in) {
   check_tensor("w_hr", in.w_hr, in.input, {s.output, hidden});
   return call;
 }
+
+namespace {
 
 // Contiguous tensors of the compute dtype; keeps them alive while the kernel reads them.
 template <class real>
@@ -281,7 +282,9 @@ int cell_gates(CellKind kind) {
 }
 
 LayerOutputs layer_forward(const LayerInputs& in, bool save) {
-  const Call call = check(in);
+  const Call call = check_call(in);
+  if constexpr (kHasCudaKernels)
+    if (on_cuda(in.input)) return cuda_layer_forward(call, in, {}, save);
   return call.compute == at::kDouble ? forward<double>(call, in, save)
                                      : forward<float>(call, in, save);
 }
@@ -289,7 +292,9 @@ LayerOutputs layer_forward(const LayerInputs& in, bool save) {
 std::array<OptionalTensor, kLayerInputs> layer_backward(
     const LayerInputs& in, const Saved& saved, const LayerGradients& d,
     const std::array<bool, kLayerInputs>& wanted) {
-  const Call call = check(in);
+  const Call call = check_call(in);
+  if constexpr (kHasCudaKernels)
+    if (on_cuda(in.input)) return cuda_layer_backward(call, in, {}, saved, d, wanted);
   return call.compute == at::kDouble ? backward<double>(call, in, saved, d, wanted)
                                      : backward<float>(call, in, saved, d, wanted);
 }

@@ -1,4 +1,4 @@
-// One layer, one direction, on CPU tensors: checks, allocation, choice of dtype, instruction set and plan.
+// One layer, one direction: checks, allocation, choice of dtype; on the CPU of instruction set and plan.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -1,0 +1,30 @@
+// The shape of a call, checked: what the drivers of every device start from.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "layer.h"
+
+namespace rnn_ext {
+
+struct Call {
+  CellKind kind;
+  bool packed;
+  at::ScalarType dtype, compute;  // as given, and float or double
+  Sizes sizes;
+  long gates, steps, batch, rows;
+  std::vector<int64_t> offsets;
+
+  Steps time(bool reverse) const { return {steps, batch, offsets.data(), reverse}; }
+  at::TensorOptions options() const { return at::TensorOptions().dtype(compute); }
+  Plan plan() const;  // of the CPU kernels
+  std::vector<int64_t> laid_out(long features) const {
+    return packed ? std::vector<int64_t>{rows, features}
+                  : std::vector<int64_t>{steps, batch, features};
+  }
+};
+
+Call check_call(const LayerInputs& in);
+
+}  // namespace rnn_ext

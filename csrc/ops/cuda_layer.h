@@ -1,0 +1,41 @@
+// One layer, one direction, on the tensors of a CUDA device: allocation, matrix products and the order of the kernels
+// of csrc/cuda. The tests' emulated build runs the same on CPU tensors.
+#pragma once
+#include "call.h"
+
+namespace rnn_ext {
+
+#if defined(RNN_EXT_WITH_CUDA) || defined(RNN_EXT_EMULATED)
+constexpr bool kHasCudaKernels = true;
+#else
+constexpr bool kHasCudaKernels = false;
+#endif
+
+// Whether these kernels take the tensor.
+inline bool on_cuda(const at::Tensor& t) {
+#ifdef RNN_EXT_EMULATED
+  return t.is_cpu();
+#else
+  return kHasCudaKernels && t.is_cuda();
+#endif
+}
+
+// Rows that end early or start afresh, both on the device of the input.
+struct RowPredicates {
+  OptionalTensor
+      lengths;  // int64 [B]: sequence b takes part in steps t < lengths[b]; its outputs are 0 after that
+  OptionalTensor
+      resets;  // bool, laid out like input's rows: the state carried into the row's step is zeroed
+};
+
+constexpr const char* kCudaStep = "cuda-step";
+
+// Saved: states is the output; cells are in the compute dtype; gates [N, G*H] in the input's dtype holds the net
+// inputs, in torch's order (none for Elman cells), middle [N, H] as csrc/cuda/params.h says. isa is "cuda-step".
+LayerOutputs cuda_layer_forward(const Call& call, const LayerInputs& in,
+                                const RowPredicates& predicates, bool save);
+std::array<OptionalTensor, kLayerInputs> cuda_layer_backward(
+    const Call& call, const LayerInputs& in, const RowPredicates& predicates, const Saved& saved,
+    const LayerGradients& d, const std::array<bool, kLayerInputs>& wanted);
+
+}  // namespace rnn_ext

@@ -1,0 +1,133 @@
+// What the forward and the backward pass of the step-wise CUDA driver share.
+#pragma once
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "../cuda/params.h"
+#include "cuda_layer.h"
+
+namespace rnn_ext {
+
+inline cuda::Storage storage_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return cuda::Storage::kDouble;
+    case at::kHalf:
+      return cuda::Storage::kHalf;
+    case at::kBFloat16:
+      return cuda::Storage::kBfloat16;
+    default:
+      return cuda::Storage::kFloat;
+  }
+}
+
+// The device of the call is current while this lives, and kernels go to its current stream.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const at::Tensor& input) : guard_(input.device()) {
+    const c10::Device device = input.device();
+    if (device.is_cpu()) return;
+    stream_ = {device.index(),
+               c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle()};
+  }
+  const cuda::Stream& stream() const { return stream_; }
+
+ private:
+  c10::DeviceGuard guard_;
+  at::AutoDispatchBelowADInplaceOrView below_autograd_;
+  cuda::Stream stream_{0, nullptr};
+};
+
+// Where row r of a contiguous matrix lies; null for a matrix that is not there.
+class RowPointer {
+ public:
+  RowPointer() = default;
+  explicit RowPointer(const at::Tensor& t)
+      : first_(static_cast<char*>(const_cast<void*>(t.const_data_ptr()))),
+        bytes_(t.size(-1) * t.element_size()) {}
+  explicit RowPointer(const OptionalTensor& t) {
+    if (t && t->defined()) *this = RowPointer(*t);
+  }
+  void* operator[](long row) const { return first_ ? first_ + row * bytes_ : nullptr; }
+
+ private:
+  char* first_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// out = a b. Products of 16-bit matrices may be asked for in float, as they are accumulated.
+inline void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
+  if (out.scalar_type() == a.scalar_type())
+    at::mm_out(out, a, b);
+  else if (a.is_cpu())
+    at::mm_out(out, a.to(out.scalar_type()), b.to(out.scalar_type()));
+  else
+    at::mm_out(out, a, b, out.scalar_type());
+}
+
+inline at::Tensor first_rows(const at::Tensor& t, long rows) {
+  return rows == t.size(0) ? t : t.narrow(0, 0, rows);
+}
+
+// A contiguous copy that may be written to.
+inline at::Tensor fresh(const at::Tensor& t, const at::TensorOptions& options) {
+  at::Tensor copy = at::empty(t.sizes(), options);
+  copy.copy_(t);
+  return copy;
+}
+
+// What the two passes share.
+struct StepLayer {
+  const Call& call;
+  const LayerInputs& in;
+  const Steps time;
+  const cuda::Storage storage;
+  const at::TensorOptions stored, wide;
+  const long input, hidden, output;
+  const bool elman, lstm, gru, reset_before, projected;
+  OptionalTensor lengths, resets;
+
+  StepLayer(const Call& c, const LayerInputs& inputs, const RowPredicates& predicates)
+      : call(c),
+        in(inputs),
+        time(c.time(inputs.reverse)),
+        storage(storage_of(c.dtype)),
+        stored(at::TensorOptions().dtype(c.dtype).device(inputs.input.device())),
+        wide(stored.dtype(c.compute)),
+        input(c.sizes.input),
+        hidden(c.sizes.hidden),
+        output(c.sizes.output),
+        elman(c.gates == 1),
+        lstm(c.kind == CellKind::kLstm),
+        gru(c.kind == CellKind::kGru),
+        reset_before(c.kind == CellKind::kGruResetBefore),
+        projected(inputs.w_hr.has_value()) {
+    if (predicates.lengths) {
+      check(*predicates.lengths, "lengths", at::kLong, {c.batch});
+      lengths = predicates.lengths->contiguous();
+    }
+    if (predicates.resets) {
+      const at::IntArrayRef leading = inputs.input.sizes().slice(0, inputs.input.dim() - 1);
+      check(*predicates.resets, "resets", at::kBool, leading);
+      resets = predicates.resets->contiguous().view({c.rows, 1});
+    }
+  }
+
+  cuda::Rows rows(long t, long count) const {
+    return {t, count, lengths ? lengths->const_data_ptr<int64_t>() : nullptr,
+            static_cast<const bool*>(RowPointer(resets)[time.begin(t)])};
+  }
+  at::Tensor as_rows(const at::Tensor& t) const { return t.reshape({call.rows, t.size(-1)}); }
+
+ private:
+  void check(const at::Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef shape) {
+    TORCH_CHECK(t.device() == in.input.device() && t.scalar_type() == dtype && t.sizes() == shape,
+                "rnn_ext: ", name, " must be ", dtype, " of shape ", shape, " on ",
+                in.input.device());
+  }
+};
+
+}  // namespace rnn_ext

@@ -1,0 +1,276 @@
+"""The step-wise CUDA kernels one by one: a layer driven from NumPy, beside rnn_ext.reference."""
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+from cuda_on_cpu import Number, from_bits, pointer, to_bits
+
+from rnn_ext import reference
+
+SOURCES = [f"csrc/cuda/{name}.cu" for name in ("step_forward", "step_backward", "column_sums")]
+SOURCES += ["tests/cuda_on_cpu/entries/step.cpp"]
+CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", "gru_reset_before")  # CellKind
+STORAGE = {  # cuda::Storage, and the error that it is allowed
+    Number.FLOAT32: (0, 1e-5),
+    Number.FLOAT64: (1, 1e-12),
+    Number.FLOAT16: (2, 0.01),
+    Number.BFLOAT16: (3, 0.06),
+}
+
+
+def structure(text):
+    """A ctypes struct of "name:type" words; without a type, a pointer."""
+    types = {"": ctypes.c_void_p, "long": ctypes.c_int64, "bool": ctypes.c_bool, "rows": Rows}
+    fields = [(name, types[kind]) for name, _, kind in (w.partition(":") for w in text.split())]
+    return type("Struct", (ctypes.Structure,), {"_fields_": fields})
+
+
+Rows = None
+Rows = structure("step:long count:long lengths resets")
+Forward = structure(
+    "rows:rows hidden:long b_ih b_hh product second_product gates middle h h_state h_wide c_state "
+    "cells save:bool"
+)
+Project = structure("rows:rows output:long product h h_state")
+Backward = structure(
+    "rows:rows next:rows previous_step:long previous_count:long hidden:long output:long product "
+    "second_product gates middle h cells h_before cells_before h0 c0 d_h d_cells carry dc delta dh "
+    "previous"
+)
+Sums = structure("rows:long columns:long row_stride:long matrix scratch sums")
+
+
+@dataclass(frozen=True)
+class Case:
+    cell: str
+    projected: bool = False
+    layout: str = "padded"  # or "lengths", "packed"
+    reverse: bool = False
+    resets: bool = True
+    steps: int = 4
+    batch: int = 6
+    hidden: int = 37
+
+    @property
+    def gates(self):
+        return reference.CELLS[self.cell].gates
+
+    @property
+    def output(self):
+        return 5 if self.projected else self.hidden
+
+    @property
+    def order(self):
+        return range(self.steps)[:: -1 if self.reverse else 1]
+
+    @property
+    def lengths(self):
+        lengths = {"padded": [9] * 6, "lengths": [4, 0, 3, 1, 4, 2], "packed": [4, 4, 3, 2, 2, 1]}
+        return np.minimum(lengths[self.layout][: self.batch], self.steps)
+
+
+class Run:
+    """A case in one number format: what goes in, what the reference says, what the kernels say."""
+
+    def __init__(self, kernels, case, number):
+        self.kernels, self.case, self.number = kernels, case, number
+        self.wide = np.float64 if number is Number.FLOAT64 else np.float32
+        self.storage, self.tolerance = STORAGE[number]
+        random = np.random.default_rng(len(case.cell))
+        t, b, h, p, g = case.steps, case.batch, case.hidden, case.output, case.gates
+
+        def draw(*shape, scale=1.0):
+            return from_bits(to_bits(random.uniform(-scale, scale, shape), number), number)
+
+        self.wx, self.h0, self.c0 = draw(t, b, g * h, scale=2), draw(b, p), draw(b, h)
+        self.u, self.w_hr = draw(g * h, p, scale=h**-0.5), draw(p, h, scale=h**-0.5)
+        self.b_ih, self.b_hh = draw(g * h, scale=0.5), draw(g * h, scale=0.5)
+        if case.cell == "rnn_relu":  # away from the kink
+            self.b_ih = np.where(np.arange(h) % 2, 4.0, -4.0)
+            self.u /= 8
+        self.d_h, self.d_cells, self.d_h_n = draw(t, b, p), draw(t, b, h), draw(b, p)
+        self.d_c_n = draw(b, h)
+        self.resets = (random.random((t, b)) < 0.3) & case.resets
+        self.alive = np.arange(t)[:, None] < case.lengths
+        self.counts = self.alive.sum(1) if case.layout == "packed" else np.full(t, b)
+        self.offsets = np.cumsum(self.counts) - self.counts
+
+    def check(self):
+        self.forward()
+        self.backward()
+        truth = self.expected()
+        for name, wanted in truth.items():
+            got = self.results[name]
+            if wanted.ndim == 3:
+                wanted = np.concatenate([w[:n] for w, n in zip(wanted, self.counts)])
+            got = from_bits(got, self.number) if got.dtype != self.wide else got.astype(float)
+            scale = max(1.0, np.abs(wanted).max())
+            error = np.abs(got - wanted).max() / scale  # NaN fails below
+            assert error <= self.tolerance, f"{name}: off by {error:.2g}"
+
+    def expected(self):
+        """name -> [T, B, ...] or [B, ...] in float64, from the steps of the reference."""
+        case, cell = self.case, reference.CELLS[self.case.cell]
+        lstm = case.cell == "lstm"
+        identity = np.eye(case.gates * case.hidden)
+        w_hr = self.w_hr if case.projected else None
+        weights = reference.Weights(identity, self.u, self.b_ih, self.b_hh, w_hr)
+        state = [self.h0.copy(), self.c0.copy()][: 1 + lstm]
+        shape = (case.steps, case.batch)
+        out = {"h": np.zeros((*shape, case.output)), "previous": np.zeros((*shape, case.output))}
+        if lstm:
+            out["cells"] = np.zeros((*shape, case.hidden))
+        records = {}
+        for t in case.order:
+            rows = np.flatnonzero(self.alive[t])
+            for s in state:
+                s[rows[self.resets[t, rows]]] = 0
+            out["previous"][t, rows] = state[0][rows]
+            records[t] = cell.step(self.wx[t, rows], *(s[rows] for s in state), weights)
+            for s, new, name in zip(state, records[t].state, ("h", "cells")):
+                s[rows] = out[name][t, rows] = new
+        out["h_state"] = state[0]
+        if lstm:
+            out["c_state"] = state[1]
+
+        out["delta"] = np.zeros((*shape, case.gates * case.hidden))
+        d_state = [self.d_h_n.copy(), self.d_c_n.copy()][: 1 + lstm]
+        for t in case.order[::-1]:
+            rows = np.flatnonzero(self.alive[t])
+            upstream = zip(d_state, (self.d_h, self.d_cells))
+            reaching = [d[rows] + at[t, rows] for d, at in upstream]
+            step = cell.step_backward(records[t], *reaching, weights)
+            out["delta"][t, rows] = step.x
+            for d, before in zip(d_state, step.state):
+                d[rows] = np.where(self.resets[t, rows][:, None], 0, before)
+        out["carry"] = d_state[0]
+        if lstm:
+            out["dc"] = d_state[1]
+        out["sums"] = out["delta"].sum((0, 1))
+        return out
+
+    # Kernels. Arrays are kept in `own`; where an address is taken, `at` is a row.
+
+    def forward(self):
+        case, own = self.case, {}
+        self.own, h = own, case.hidden
+        before = case.cell == "gru_reset_before"
+        rows = int(self.counts.sum())
+        flat = self._rows_of(self.wx)
+        own["lengths"] = self.kernels.array(case.lengths.astype(np.int64), "lengths")
+        own["resets"] = self.kernels.array(self._rows_of(self.resets), "resets")
+        for name in ("b_ih", "b_hh", "h0"):
+            own[name] = self._stored(getattr(self, name), name)
+        own["c0"] = self._wide(self.c0, "c0")
+        own["h_state"], own["c_state"] = self._stored(self.h0, "h_state"), self._wide(self.c0, "c")
+        own["gates"] = self._stored(flat, "gates")
+        own["h"] = own["gates"] if case.gates == 1 else self._empty(rows, case.output, "h")
+        own["middle"] = self._empty(rows, h, "middle")
+        if self.number.value != self.wide and case.gates == 3:
+            own["h_wide"] = self._wide(self.h0, "h_wide")
+        if case.cell == "lstm":
+            own["cells"] = self.kernels.empty((rows, h), self.wide, "cells")
+        for t in case.order:
+            at, count = self.offsets[t], self.counts[t]
+            u = self.u[: 2 * h] if before else self.u
+            product = self._product(own["h_state"][:count], u.T)
+            p = Forward(self._rows(t), h, *self._at(0, "b_ih", "b_hh"), pointer(product))
+            p.gates, p.h, p.cells, p.middle = self._at(at, "gates", "h", "cells", "middle")
+            p.h_state, p.h_wide = self._at(0, "h_state", "h_wide")
+            p.c_state = self._at(0, "c_state")[0] if case.cell == "lstm" else None
+            p.save = True
+            if case.gates == 1 or (case.cell == "lstm" and not case.projected):
+                p.middle = None
+            if case.projected:
+                p.h = None
+            self._call("run_step_forward", p, phase=0)
+            if before:
+                middle = own["middle"][at : at + count]
+                second = self._product(middle, self.u[2 * h :].T)
+                p.second_product = pointer(second)
+                self._call("run_step_forward", p, phase=1)
+            if case.projected:
+                middle = self._product(own["middle"][at : at + count], self.w_hr.T)
+                args = Project(self._rows(t), case.output, pointer(middle), *self._at(at, "h"))
+                args.h_state = self._at(0, "h_state")[0]
+                self.kernels.call("run_step_project", self.storage, args)
+
+    def backward(self):
+        case, own, h = self.case, self.own, self.case.hidden
+        gru, before = case.cell == "gru", case.cell == "gru_reset_before"
+        rows, deltas = int(self.counts.sum()), 4 if gru else case.gates
+        own["delta"] = self._empty(rows, deltas * h, "delta")
+        own["previous"] = self._empty(rows, case.output, "previous")
+        own["carry"], own["dc"] = self._wide(self.d_h_n, "carry"), self._wide(self.d_c_n, "dc")
+        own["d_h"] = self._stored(self._rows_of(self.d_h), "d_h")
+        own["d_cells"] = self._stored(self._rows_of(self.d_cells), "d_cells")
+        if case.projected:
+            own["dh"] = self._empty(rows, case.output, "dh")
+        u = np.concatenate([self.u[2 * h :], self.u[: 2 * h]]) if gru else self.u
+        u, columns = (u[: 2 * h], 2 * h) if before else (u, len(u))
+        product, following = None, Rows()
+        for i in reversed(range(case.steps)):
+            t = case.order[i]
+            at, count = self.offsets[t], self.counts[t]
+            p = Backward(self._rows(t), following, hidden=h, output=case.output)
+            p.product = pointer(product)
+            if i:
+                p.previous_step = case.order[i - 1]
+                p.previous_count = min(count, self.counts[p.previous_step])
+                there = self.offsets[p.previous_step]
+                p.h_before, p.cells_before = self._at(there, "h", "cells")
+            p.gates, p.middle, p.h, p.cells = self._at(at, "gates", "middle", "h", "cells")
+            p.h0, p.c0, p.carry, p.dc = self._at(0, "h0", "c0", "carry", "dc")
+            p.d_h, p.d_cells, p.delta = self._at(at, "d_h", "d_cells", "delta")
+            p.dh, p.previous = self._at(at, "dh", "previous")
+            self._call("run_step_backward", p, phase=0)
+            if before or case.projected:
+                if before:
+                    second = self._product(own["delta"][at : at + count, 2 * h :], self.u[2 * h :])
+                else:
+                    second = self._product(own["dh"][at : at + count], self.w_hr)
+                p.second_product = pointer(second)
+                self._call("run_step_backward", p, phase=1)
+            product = self._product(own["delta"][at : at + count, :columns], u)
+            following = p.rows
+        p = Backward(Rows(), following, hidden=h, output=case.output, product=pointer(product))
+        p.carry = self._at(0, "carry")[0]
+        self._call("run_step_backward", p, phase=0)
+        self.results = dict(own)
+        self.results["delta"] = own["delta"][:, h if gru else 0 :]
+        scratch = self.kernels.empty((4, deltas * h), self.wide, "scratch")
+        sums = self._empty(1, deltas * h, "sums")
+        args = Sums(rows, deltas * h, deltas * h, *map(pointer, (own["delta"], scratch, sums)))
+        self.kernels.call("run_column_sums", self.storage, args)
+        self.results["sums"] = sums[0, h if gru else 0 :]
+
+    def _call(self, name, args, phase):
+        self.kernels.call(name, CELLS.index(self.case.cell), self.storage, phase, args)
+
+    def _rows(self, t):
+        rows = Rows(t, self.counts[t])
+        if self.case.layout == "lengths":
+            rows.lengths = pointer(self.own["lengths"])
+        if self.case.resets:
+            rows.resets = self._at(self.offsets[t], "resets")[0]
+        return rows
+
+    def _at(self, row, *names):
+        """Addresses of a row of arrays, None for arrays that are not there."""
+        return [pointer(self.own[name][row:]) if name in self.own else None for name in names]
+
+    def _rows_of(self, values):
+        return np.concatenate([v[:n] for v, n in zip(values, self.counts)])
+
+    def _product(self, a, b):
+        return self._wide(from_bits(a, self.number) @ b, "product")
+
+    def _stored(self, values, name):
+        return self.kernels.array(to_bits(values, self.number), name)
+
+    def _wide(self, values, name):
+        return self.kernels.array(values.astype(self.wide), name)
+
+    def _empty(self, rows, columns, name):
+        return self.kernels.empty((rows, columns), self.number.value, name)

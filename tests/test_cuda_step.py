@@ -1,0 +1,334 @@
+"""The step-wise CUDA kernels, bindings and all, emulated on CPU tensors: cell x dtype x shape."""
+
+import pytest
+import torch
+from cases import CELLS, SHAPES, make_case, run_ours, run_reference, run_torch
+from emulated import step_modules
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import FORWARD, GRADIENT, assert_as_exact, error
+from torch.autograd import grad
+
+import rnn_ext
+from rnn_ext import composite, library, ops
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+VARIANTS = {
+    "padded": {},
+    "reverse": {"reverse": True},
+    "ragged": {"ragged": True},
+    "ragged_reverse": {"ragged": True, "reverse": True},
+    "without_bias": {"bias": False},
+}
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """rnn_ext's Python on the emulated kernels."""
+    extension, predicates = step_modules()
+    monkeypatch.setattr(ops, "_C", extension)
+    monkeypatch.setattr(library, "_C", extension)
+    monkeypatch.setattr(library, "_on_cuda", lambda tensor: True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small products: a second thread would only be waited for
+    yield predicates
+    torch.set_num_threads(threads)
+
+
+def away_from_the_kink(case):
+    """relu's derivative jumps: net inputs that a rounding could push across zero prove nothing."""
+    if case.cell == "rnn_relu" and case.tensors[5] is not None:
+        case.tensors[4] /= 8
+        case.tensors[5][::2] = 3
+        case.tensors[5][1::2] = -3
+    return case
+
+
+def check(case, dtype):
+    case = away_from_the_kink(case)
+    truth, true_gradients = run_reference(case)
+    results, gradients = run_ours(case.to(dtype))
+    assert results.keys() == truth.keys() and gradients.keys() == true_gradients.keys()
+    if dtype == torch.float64:
+        for ours, exact in ((results, truth), (gradients, true_gradients)):
+            for name in exact:
+                assert error(ours[name], exact[name]) <= 1e-10, name
+        return
+    their_results, their_gradients = run_torch(case.to(dtype))
+    for name in truth:
+        assert_as_exact(name, results[name], their_results[name], truth[name], FORWARD)
+    if case.cell == "rnn_relu" and case.tensors[5] is None and dtype.itemsize == 2:
+        return
+    for name, exact in true_gradients.items():
+        theirs = their_gradients[name]
+        assert_as_exact(f"gradient of {name}", gradients[name], theirs, exact, GRADIENT)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_layer_is_as_exact_as_torch(cell, dtype, shape, nan_filled):
+    check(make_case(cell, shape), dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_variants_are_as_exact_as_torch(cell, dtype, variant, nan_filled):
+    check(make_case(cell, (6, 9, 5, 21), **VARIANTS[variant]), dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cell=st.sampled_from(CELLS),
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.integers(1, 40)),
+    bias=st.booleans(),
+    ragged=st.booleans(),
+    reverse=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(cell, shape, bias, ragged, reverse, seed):
+    case = make_case(cell, shape, bias=bias, ragged=ragged, reverse=reverse, seed=seed)
+    for ours, truth in zip(run_ours(case), run_reference(case)):
+        for name in truth:
+            assert error(ours[name], truth[name]) <= 1e-10, name
+
+
+def test_bias_gradients_over_many_rows(nan_filled):
+    """Column sums in one, two and three rounds of chunks of 256 rows."""
+    for batch in (250, 300, 66_000):
+        check(make_case("rnn_tanh", (1, batch, 1, 2)), torch.float64)
+
+
+def test_long_memory_survives_16_bits():
+    """A gate of 0.999 is a bfloat16 of 1: what is saved must not lose the difference."""
+    steps = 400
+    tensors = [torch.zeros(steps, 1, 1), torch.zeros(1, 1), torch.ones(1, 1)]
+    tensors += [torch.zeros(4, 1), torch.zeros(4, 1), torch.tensor([-20.0, 6.90625, 0, 20])]
+    tensors += [torch.zeros(4), None]
+    kept = torch.sigmoid(torch.tensor(6.90625)) ** steps  # 0.67
+    tensors = [None if t is None else t.bfloat16().requires_grad_() for t in tensors]
+    _, _, c_n, _ = ops.layer("lstm", *tensors)
+    (d_c0,) = grad(c_n.sum(), tensors[2])
+    assert abs(c_n.item() / kept - 1) <= 0.01 and abs(d_c0.item() / kept - 1) <= 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_without_gradients_the_results_are_the_same(cell, dtype, nan_filled):
+    case = make_case(cell, (6, 9, 5, 21), ragged=True).to(dtype)
+    results, _ = run_ours(case)
+    alone = ops.layer(
+        case.cell, *case.tensors, batch_sizes=case.batch_sizes, return_cells=dtype != torch.float32
+    )
+    assert not alone[0].requires_grad
+    for name, value in zip(("output", "h_n", "c_n", "cells"), alone):
+        if value is not None:
+            assert error(value, results[name].double()) <= 4 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.filterwarnings("ignore:rnn_ext. gradients of gradients have no kernel")
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck(cell):
+    case = make_case(cell, (3, 2, 3, 5), ragged=True)
+    present = [i for i, t in enumerate(case.tensors) if t is not None]
+
+    def function(*given):
+        tensors = list(case.tensors)
+        for i, t in zip(present, given):
+            tensors[i] = t
+        results = ops.layer(case.cell, *tensors, batch_sizes=case.batch_sizes)
+        return tuple(r for r in results if r is not None)
+
+    leaves = [case.tensors[i].clone().requires_grad_() for i in present]
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_subset_of_gradients_is_right(cell, nan_filled):
+    case = make_case(cell, (4, 3, 5, 18)).to(torch.bfloat16)
+    _, everything = run_ours(case)
+    names = ("input", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+    for index, name in enumerate(names):
+        if case.tensors[index] is None:
+            continue
+        tensors = [None if t is None else t.clone() for t in case.tensors]
+        tensors[index].requires_grad_()
+        pairs = [
+            (r, d) for r, d in zip(ops.layer(case.cell, *tensors), case.upstream) if d is not None
+        ]
+        torch.autograd.backward([r for r, _ in pairs], [d for _, d in pairs])
+        assert torch.equal(tensors[index].grad, everything[name]), name
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_result_alone_has_the_right_gradient(cell, which):
+    case = make_case(cell, (4, 3, 5, 18), ragged=True)
+    if case.upstream[which] is None:
+        pytest.skip("this cell has no such result")
+    case.upstream = [d if i == which else None for i, d in enumerate(case.upstream)]
+    for ours, truth in zip(run_ours(case)[1].values(), run_reference(case)[1].values()):
+        assert error(ours, truth) <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_second_backward_is_right(cell, dtype):
+    case = make_case(cell, (4, 3, 5, 18)).to(dtype)
+    leaves = [None if t is None else t.clone().requires_grad_() for t in case.tensors]
+    results = [r for r in ops.layer(case.cell, *leaves) if r is not None]
+    upstream = [d for d in case.upstream if d is not None]
+    wanted = [t for t in leaves if t is not None]
+    first = grad(results, wanted, upstream, retain_graph=True)
+    second = grad(results, wanted, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_empty_batch(cell):
+    case = make_case(cell, (3, 1, 4, 5))
+    tensors = [None if t is None else t.clone() for t in case.tensors]
+    tensors[0] = tensors[0][:, :0]
+    tensors[1:3] = [None if t is None else t[:0] for t in tensors[1:3]]
+    leaves = [None if t is None else t.requires_grad_() for t in tensors]
+    output = ops.layer(case.cell, *leaves)[0]
+    output.sum().backward()
+    assert output.shape[:2] == (3, 0)
+    assert all(t.grad.count_nonzero() == 0 for t in leaves if t is not None and t.grad is not None)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_and_infinity_come_through(cell):
+    case = make_case(cell, (3, 2, 4, 20)).to(torch.float32)
+    case.tensors[0][1, 0, 0] = float("nan")
+    output = ops.layer(case.cell, *case.tensors)[0]
+    assert not output[0].isnan().any()
+    assert output[1:, 0].isnan().all() and not output[:, 1].isnan().any()
+
+
+# Rows that end early or start afresh
+
+PREDICATES = {"lengths": (True, False), "resets": (False, True), "both": (True, True)}
+
+
+def by_hand(case, lengths, resets, dtype):
+    """Results and gradients of a loop of torch operations in ``dtype``."""
+    case = case.to(dtype)
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case.tensors]
+    input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = leaves
+    projected = torch.nn.functional.linear(input, w_ih, b_ih)
+    steps, batch = input.shape[:2]
+    state, outputs, cells = (h0, c0), [None] * steps, [None] * steps
+    for t in reversed(range(steps)) if case.reverse else range(steps):
+        before = state
+        if resets is not None:
+            state = [None if s is None else s.masked_fill(resets[t, :, None], 0) for s in state]
+        state = composite.STEPS[case.cell](projected[t], *state, w_hh, b_hh, w_hr)
+        alive = torch.ones(batch, 1, dtype=bool) if lengths is None else (t < lengths)[:, None]
+        outputs[t], cells[t] = (None if s is None else s.where(alive, 0) for s in state)
+        pairs = zip(state, before)
+        state = tuple(None if s is None else s.where(alive, b) for s, b in pairs)
+    cells = None if c0 is None else torch.stack(cells)
+    results = [torch.stack(outputs), *state, cells]
+    return results, gradients_of(results, leaves, case.upstream)
+
+
+def gradients_of(results, leaves, upstream):
+    pairs = [(r, d) for r, d in zip(results, upstream) if r is not None]
+    wanted = [t for t in leaves if t is not None]
+    found = iter(grad([r for r, _ in pairs], wanted, [d for _, d in pairs]))
+    return [None if t is None else next(found) for t in leaves]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", PREDICATES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_end_early_and_start_afresh(emulated, cell, dtype, kind, reverse, nan_filled):
+    has_lengths, has_resets = PREDICATES[kind]
+    case = away_from_the_kink(make_case(cell, (7, 9, 5, 21), reverse=reverse))
+    lengths = torch.tensor([7, 0, 3, 1, 6, 5, 2, 7, 4]) if has_lengths else None
+    resets = torch.rand(7, 9) < 0.3 if has_resets else None
+    truth = by_hand(case, lengths, resets, torch.float64)
+    theirs = by_hand(case, lengths, resets, dtype)
+    ours = case.to(dtype)
+    inputs = (case.cell, *ours.tensors, None, reverse)
+    output, h_n, c_n, *saved = emulated.forward(inputs, lengths, resets, True)
+    cells = saved[1]
+    gradients = emulated.backward(inputs, lengths, resets, *saved, *ours.upstream)
+    results = (output, h_n, c_n, None if cells is None else cells.to(dtype))
+    for values, exact, floor, factor in (
+        (results, truth[0], theirs[0], FORWARD),
+        (gradients, truth[1], theirs[1], GRADIENT),
+    ):
+        for i, (value, right, near) in enumerate(zip(values, exact, floor)):
+            if right is not None:
+                assert_as_exact(str(i), value, near, right.detach(), factor)
+    if has_lengths:
+        dead = torch.arange(7)[:, None] >= lengths
+        assert output[dead].count_nonzero() == 0
+        assert gradients[0][dead].count_nonzero() == 0
+        assert torch.equal(h_n[1], ours.tensors[1][1])
+
+
+def test_resets_of_packed_rows(emulated):
+    case = make_case("gru", (6, 5, 3, 11), ragged=True, reverse=True)
+    resets = torch.rand(len(case.tensors[0])) < 0.4
+    inputs = (case.cell, *case.tensors, case.batch_sizes, True)
+    output, h_n, _, *saved = emulated.forward(inputs, None, resets, True)
+    gradients = emulated.backward(inputs, None, resets, *saved, *case.upstream)
+    lengths = (torch.arange(1, 6)[:, None] <= case.batch_sizes).sum(1)
+    alive = torch.arange(6)[:, None] < lengths
+    padded = make_case("gru", (6, 5, 3, 11), reverse=True)
+    padded.tensors[1:] = case.tensors[1:]
+    padded.upstream[1] = case.upstream[1]
+    for target, rows in ((padded.tensors, case.tensors), (padded.upstream, case.upstream)):
+        target[0] = torch.zeros(6, 5, rows[0].size(-1), dtype=torch.float64)
+        target[0][alive] = rows[0]
+    all_resets = torch.zeros(6, 5, dtype=bool)
+    all_resets[alive] = resets
+    (right, right_h_n, *_), right_gradients = by_hand(padded, lengths, all_resets, torch.float64)
+    assert error(output, right[alive].detach()) <= 1e-12
+    assert error(h_n, right_h_n.detach()) <= 1e-12
+    right_gradients[0] = right_gradients[0][alive]
+    for ours, truth in zip(gradients, right_gradients):
+        if truth is not None:
+            assert error(ours, truth) <= 1e-12
+
+
+# What lies above the kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_of_torch_library(cell, dtype):
+    case = make_case(cell, (3, 2, 4, 6)).to(dtype)
+    leaves = [None if t is None else t.clone().requires_grad_() for t in case.tensors]
+    arguments = (case.cell, *leaves, None, False)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.rnn_ext.layer.default, arguments, test_utils=checks)
+    results, gradients = run_ours(case)
+    through = library.layer(case.cell, leaves, None, False)
+    pairs = [(r, d) for r, d in zip(through, case.upstream) if r is not None]
+    torch.autograd.backward([r for r, _ in pairs], [d for _, d in pairs])
+    assert all(torch.equal(r, results[n]) for n, (r, _) in zip(results, pairs))
+    assert all(
+        torch.equal(t.grad, g)
+        for t, g in zip([t for t in leaves if t is not None], gradients.values())
+    )
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_modules_of_two_layers_and_directions(kind):
+    theirs = getattr(torch.nn, kind)(5, 7, 2, bidirectional=True, batch_first=True).double()
+    ours = getattr(rnn_ext, kind)(5, 7, 2, bidirectional=True, batch_first=True).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 6, 5, dtype=torch.float64)
+    for module in (theirs, ours):
+        module(x)[0].square().sum().backward()
+    assert torch.allclose(ours(x)[0], theirs(x)[0], rtol=0, atol=1e-12)
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        assert torch.allclose(a.grad, b.grad, rtol=0, atol=1e-10)
