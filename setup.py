@@ -66,7 +66,7 @@ def compiled_extension():
         link_flags += toolkit.link_flags
         system_includes += [str(toolkit.home / "include")]
 
-    sources = files("ops/*.cpp", "cpu/*.cpp")
+    sources = files("ops/*.cpp", "cpu/*.cpp", "cuda/*.cpp")
     if not toolkit:
         sources = [f for f in sources if "ops/cuda_" not in f]
 
@@ -115,7 +115,10 @@ def compiled_extension():
 
 
 if WITHOUT_COMPILING & set(sys.argv):
-    ext_modules, commands = [Extension("rnn_ext._C", files("ops/*.cpp", "cpu/*.cpp"))], {}
+    ext_modules, commands = (
+        [Extension("rnn_ext._C", files("ops/*.cpp", "cpu/*.cpp", "cuda/*.cpp"))],
+        {},
+    )
 else:
     extension, build_ext = compiled_extension()
     ext_modules, commands = [extension], {"build_ext": build_ext}

@@ -220,19 +220,18 @@ def stack(
     for first in range(0, len(weights), directions):
         if first and dropout:
             x = torch.dropout(x, dropout, True)
-        results = [
-            run(
-                cell,
-                x,
-                h0[k],
-                c0[k],
-                *weights[k],
-                batch_sizes=batch_sizes,
-                reverse=reverse if k == first else not reverse,
-                return_cells=return_cells and first + directions == len(weights),
-            )
-            for k in range(first, first + directions)
-        ]
+        options = {
+            "batch_sizes": batch_sizes,
+            "return_cells": return_cells and first + directions == len(weights),
+        }
+        group = [(h0[k], c0[k], *weights[k]) for k in range(first, first + directions)]
+        if directions == 2 and run is ops.layer:
+            results = ops.both_directions(cell, x, *group, reverse=reverse, **options)
+        else:
+            results = [
+                run(cell, x, *tensors, reverse=reverse != bool(k), **options)
+                for k, tensors in enumerate(group)
+            ]
         if directions == 1:
             x, _, _, cells = results[0]
         else:

@@ -36,7 +36,7 @@ def _on_cuda(tensor):
 def _layer(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
     tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     output, h_n, c_n, states, cells, gates, middle, _ = _C.layer_forward(
-        cell, *tensors, batch_sizes, reverse, True
+        cell, *tensors, batch_sizes, reverse, True, "auto"
     )
     wide_cells = None
     if states is output:
@@ -96,7 +96,8 @@ def _layer_backward(
     gradients = _C.layer_backward(
         cell, *tensors, batch_sizes, reverse,
         saved[0], *(t if c0 is not None or i else None for i, t in enumerate(saved[1:])),
-        "cuda-step" if _on_cuda(input) else _C.cpu_isa(), d_output, d_h_n, d_c_n, d_cells, wanted,
+        "cuda" if _on_cuda(input) else _C.cpu_isa(), d_output, d_h_n, d_c_n, d_cells, wanted,
+        "auto",
     )  # fmt: skip
     return [input.new_empty(0) if g is None else g for g in gradients]
 

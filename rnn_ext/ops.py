@@ -63,8 +63,35 @@ def layer(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         output, h_n, *states = _Layer.apply(*tensors, cell, batch_sizes, reverse)
         return output, h_n, *(states or (None, None))
-    results = _C.layer_forward(cell, *tensors, batch_sizes, reverse, return_cells)
+    backend = current() if input.is_cuda else "auto"
+    results = _C.layer_forward(cell, *tensors, batch_sizes, reverse, return_cells, backend)
     return *results[:3], results[4] if return_cells else None
+
+
+def both_directions(
+    cell, input, first, second, *, batch_sizes=None, reverse=False, return_cells=False
+):
+    """A layer's two directions over one input: what `layer` gives for each, as a pair.
+
+    ``first`` (forward in time) and ``second`` (backward) are (h0, c0, w_ih, w_hh, b_ih, b_hh,
+    w_hr). On the CPU they run side by side where one of them would leave threads idle, on CUDA in
+    one launch where the kernel is persistent.
+    """
+    tensors = (input, *first, *second)
+    if reverse or torch.compiler.is_compiling() or _needs_composite():
+        options = {"batch_sizes": batch_sizes, "return_cells": return_cells}
+        return (
+            layer(cell, input, *first, reverse=reverse, **options),
+            layer(cell, input, *second, reverse=not reverse, **options),
+        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        results = _BothDirections.apply(*tensors, cell, batch_sizes)
+        half = len(results) // 2
+        empty = () if cell == "lstm" else (None, None)
+        return (*results[:half], *empty), (*results[half:], *empty)
+    backend = current() if input.is_cuda else "auto"
+    pair = _C.both_forward(cell, input, (first, second), batch_sizes, return_cells, backend)
+    return tuple((*r[:3], r[4] if return_cells else None) for r in pair)
 
 
 def _needs_composite():
@@ -87,12 +114,13 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, batch_sizes, reverse):
         tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+        backend = current() if input.is_cuda else "auto"
         output, h_n, c_n, states, cells, gates, middle, isa = _C.layer_forward(
-            cell, *tensors, batch_sizes, reverse, True
+            cell, *tensors, batch_sizes, reverse, True, backend
         )
         ctx.set_materialize_grads(False)
         ctx.options = cell, batch_sizes, reverse
-        ctx.isa = isa
+        ctx.isa, ctx.backend = isa, backend  # backward has a thread, and context, of its own
         # What the user sees of the cell states; for bfloat16 narrower than what is saved.
         shown_cells = cells if cells is None else cells.to(input.dtype)
         ctx.save_for_backward(*tensors, states, cells, gates, middle)
@@ -105,16 +133,78 @@ class _Layer(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:8]
         upstream = (d_output, d_h_n, d_c_n, d_cells)
         if torch.is_grad_enabled():  # create_graph=True
-            warn_once(
-                "rnn_ext: gradients of gradients have no kernel; "
-                "composed of torch operations instead"
-            )
+            _warn_of_create_graph()
             gradients = _differentiable_backward(ctx.options, tensors, wanted, upstream)
         else:
             gradients = _C.layer_backward(
-                cell, *tensors, batch_sizes, reverse, *saved, ctx.isa, *upstream, wanted
+                cell,
+                *tensors,
+                batch_sizes,
+                reverse,
+                *saved,
+                ctx.isa,
+                *upstream,
+                wanted,
+                ctx.backend,
             )
         return *gradients, None, None, None
+
+
+class _BothDirections(torch.autograd.Function):
+    """`_Layer` for the two directions at once: input, then the seven tensors of each."""
+
+    @staticmethod
+    def forward(ctx, input, *arguments):
+        *tensors, cell, batch_sizes = arguments
+        groups = tensors[:7], tensors[7:]
+        backend = current() if input.is_cuda else "auto"
+        pair = _C.both_forward(cell, input, groups, batch_sizes, True, backend)
+        ctx.set_materialize_grads(False)
+        ctx.options = cell, batch_sizes
+        ctx.isa, ctx.backend = pair[0][7], backend
+        ctx.save_for_backward(input, *tensors, *pair[0][3:7], *pair[1][3:7])
+        shown = []
+        for output, h_n, c_n, _, cells, *_ in pair:
+            shown += (output, h_n)
+            if c_n is not None:
+                shown += (c_n, cells.to(input.dtype))
+        return tuple(shown)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        input, *tensors = ctx.saved_tensors[:15]
+        saved = ctx.saved_tensors[15:19], ctx.saved_tensors[19:]
+        groups = tensors[:7], tensors[7:]
+        cell, batch_sizes = ctx.options
+        needed = ctx.needs_input_grad
+        wanted = needed[:8], (needed[0], *needed[8:15])
+        half = len(upstream) // 2
+        empty = (None,) * (4 - half)
+        upstream = (*upstream[:half], *empty), (*upstream[half:], *empty)
+        if torch.is_grad_enabled():  # create_graph=True
+            _warn_of_create_graph()
+            first, second = (
+                _differentiable_backward((cell, batch_sizes, reverse), (input, *group), w, up)
+                for reverse, group, w, up in zip((False, True), groups, wanted, upstream)
+            )
+        else:
+            first, second = _C.both_backward(
+                cell, input, groups, batch_sizes, saved, ctx.isa, upstream, wanted, ctx.backend
+            )
+        d_input = [d[0] for d in (first, second) if d[0] is not None]
+        return (
+            sum(d_input[1:], d_input[0]) if d_input else None,
+            *first[1:],
+            *second[1:],
+            None,
+            None,
+        )
+
+
+def _warn_of_create_graph():
+    warn_once(
+        "rnn_ext: gradients of gradients have no kernel; composed of torch operations instead"
+    )
 
 
 def _differentiable_backward(options, tensors, wanted, upstream):

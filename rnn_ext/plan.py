@@ -14,10 +14,11 @@ from .layers import RecurrentLayers
 class LayerPlan:
     """How one layer runs in one direction.
 
-    kernel: "cpu" or "cuda-step" (rnn_ext's), "reference" (torch operations), "torch.nn" or "none"
-    (an error); isa: the CPU's instruction set, "" if it is not ours; threads: how many on the CPU;
-    split: what they share out, "rows" of the batch, "columns" of the hidden state or "none";
-    reason: why.
+    kernel: "cpu", "cuda-step" or "cuda-persistent" (rnn_ext's), "reference" (torch operations),
+    "torch.nn" or "none" (an error); of the forward pass, where the backward pass has another one
+    ``reason`` says so; isa: the CPU's instruction set, "" if it is not ours; threads: how many on
+    the CPU; split: what they share out, "rows" of the batch, "columns" of the hidden state or
+    "none"; reason: why.
     """
 
     layer: int
@@ -91,28 +92,47 @@ def explain(module: torch.nn.Module, input, hx=None) -> Plan:
     reason = uncovered(x, states, weights)
     plans = []
     for k, group in enumerate(weights):
-        how = _choose(module, x, steps, batch, group, reason)
+        how = _choose(module, x, steps, batch, directions, group, reason)
         plans.append(LayerPlan(k // directions, "reverse" if k % directions else "forward", **how))
     return Plan(str(module), tuple(plans))
 
 
-def _choose(module, x, steps, batch, weights, obstacle):
+def _choose(module, x, steps, batch, directions, weights, obstacle):
     """The fields of a `LayerPlan` that do not depend on where the layer stands."""
     elsewhere = {"isa": "", "threads": torch.get_num_threads(), "split": "none"}
     backend = current()
     if backend == "reference":
         return {"kernel": "reference", "reason": "use_backend('reference') is active", **elsewhere}
     if obstacle is None and x.is_cuda:
-        reason = "one product and one fused kernel a step"
-        return {"kernel": "cuda-step", "reason": reason, **elsewhere}
+        return {
+            **_choose_on_cuda(module, x, steps, batch, directions, weights, backend),
+            **elsewhere,
+        }
     if obstacle is None:
         w_ih, w_hh = weights[:2]
         sizes = w_ih.size(1), w_hh.size(0) // functional.gates(module._cell), w_hh.size(1)
         dtype = str(x.dtype).removeprefix("torch.")
-        chosen = _C.plan_cpu(module._cell, dtype, steps, batch, *sizes)
+        chosen = _C.plan_cpu(module._cell, dtype, steps, batch, *sizes, directions)
         return {field: chosen[field] for field in ("kernel", "isa", "threads", "split", "reason")}
     if backend != "auto":
         reason = f"use_backend({backend!r}) refuses: {obstacle}"
         return {"kernel": "none", "reason": reason, **elsewhere}
     kernel = "torch.nn" if module._extra is None else "reference"
     return {"kernel": kernel, "reason": obstacle, **elsewhere}
+
+
+def _choose_on_cuda(module, x, steps, batch, directions, weights, backend):
+    """Kernel and reason of the forward pass, and of the backward pass where that differs."""
+    hidden, projected = weights[0].size(0) // functional.gates(module._cell), weights[4] is not None
+    autocast = torch.is_autocast_enabled("cuda") and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
+    limits = _C.cuda_device_limits(x.device.index or 0)
+    passes = _C.plan_cuda(
+        module._cell, dtype, steps, batch, hidden, directions, projected, backend, limits
+    )
+    (kernel, reason), (backward, why) = [(k, text.partition(": ")[2]) for k, text in passes]
+    if backend == "cuda-persistent" and kernel != backend:
+        return {"kernel": "none", "reason": f"use_backend({backend!r}) refuses: {reason}"}
+    if why != reason:
+        reason += f"; backward {backward.removeprefix('cuda-')}: {why}"
+    return {"kernel": kernel, "reason": reason}

@@ -1,21 +1,28 @@
-"""Builds the step-wise CUDA kernels, bindings and all, for CPU tensors: an ``rnn_ext._C``."""
+"""Builds the CUDA kernels, drivers, bindings and all, for CPU tensors: an ``rnn_ext._C``."""
 
 import functools
 import importlib.machinery
 import importlib.util
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import load
 
+from rnn_ext import library, ops
+
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["csrc/ops/*.cpp", "csrc/cpu/plan.cpp", "csrc/cpu/scratch.cpp", "tests/emulated_step.cpp"]
+SOURCES = ["csrc/ops/*.cpp", "csrc/cpu/plan.cpp", "csrc/cpu/scratch.cpp", "tests/emulated_*.cpp"]
 EMULATOR = ["asynchronous", "barriers", "launch", "matrices", "memory", "race_off", "scheduler"]
-FLAGS = ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++20", "-O1", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+FLAGS += ["-Wno-unknown-pragmas"]
+# Few enough multiprocessors for the emulator's memory. Clusters are so small that the larger of
+# the tests' shapes take groups with flags, the smaller ones clusters.
+DEVICE = {"sm_count": 24, "shared_per_block": 227 * 1024, "cluster_size": 4}
 
 
 @functools.cache
-def step_modules():
+def emulated_modules():
     """(_C, _predicates): layers that run csrc/cuda on CPU tensors (emulated_step.cpp)."""
     sources = [file for pattern in SOURCES for file in sorted(ROOT.glob(pattern))]
     sources += [ROOT / f"tests/cuda_on_cpu/{name}.cpp" for name in EMULATOR]
@@ -25,7 +32,48 @@ def step_modules():
     flags = [*FLAGS, f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_on_cpu'}", "-DRNN_EXT_EMULATED"]
     flags += [f'-DRNN_EXT_TORCH_VERSION=\\"{torch.__version__}\\"']
     module = load("_C", list(map(str, sources)), extra_cflags=flags, build_directory=str(folder))
-    return module, _import("_predicates", module.__file__)
+    predicates = _import("_predicates", module.__file__)
+    predicates.device(*DEVICE.values())
+    return module, predicates
+
+
+class OnPaths:
+    """The emulated ``_C``, with a backend for each pass whatever the caller asks for.
+
+    The backend is the last argument of every function.
+    """
+
+    def __init__(self, forward, backward):
+        self._extension = emulated_modules()[0]
+        self._forward, self._backward = forward, backward
+
+    def __getattr__(self, name):
+        return getattr(self._extension, name)
+
+    def layer_forward(self, *arguments):
+        return self._extension.layer_forward(*arguments[:-1], self._forward)
+
+    def layer_backward(self, *arguments):
+        return self._extension.layer_backward(*arguments[:-1], self._backward)
+
+    def both_forward(self, *arguments):
+        return self._extension.both_forward(*arguments[:-1], self._forward)
+
+    def both_backward(self, *arguments):
+        return self._extension.both_backward(*arguments[:-1], self._backward)
+
+
+@contextmanager
+def emulation(monkeypatch, forward, backward):
+    """rnn_ext's Python on the emulated kernels; gives `_predicates`."""
+    extension = OnPaths(forward, backward)
+    monkeypatch.setattr(ops, "_C", extension)
+    monkeypatch.setattr(library, "_C", extension)
+    monkeypatch.setattr(library, "_on_cuda", lambda tensor: True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small products: a second thread would only be waited for
+    yield emulated_modules()[1]
+    torch.set_num_threads(threads)
 
 
 def _import(name, path):

@@ -39,8 +39,8 @@ def test_best_instruction_set_is_the_default():
     assert import_with("").stdout.strip() == _C.cpu_isas()[0]
 
 
-def plan(batch, hidden, steps=100, inputs=64, cell="lstm"):
-    return _C.plan_cpu(cell, "float32", steps, batch, inputs, hidden, hidden)
+def plan(batch, hidden, steps=100, inputs=64, cell="lstm", directions=1):
+    return _C.plan_cpu(cell, "float32", steps, batch, inputs, hidden, hidden, directions)
 
 
 @pytest.mark.parametrize("threads", [4], indirect=True)
@@ -58,6 +58,38 @@ def test_plan_follows_the_shape(threads):
 @pytest.mark.parametrize("threads", [1], indirect=True)
 def test_one_thread_is_never_split(threads):
     assert plan(256, 512)["threads"] == 1 and plan(256, 512)["split"] == "none"
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_two_directions_run_side_by_side_when_one_cannot_fill_the_cores(threads):
+    both = plan(1, 64, directions=2)
+    assert both["threads"] == 1 and both["reason"] == "both directions side by side"
+    assert plan(64, 512, directions=2) == plan(64, 512)
+    assert plan(1, 8, steps=1, directions=2)["reason"] == "too little work for a team of threads"
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_side_by_side_gives_the_bits_of_one_thread(threads, kind, save):
+    torch.manual_seed(5)
+    module = getattr(rnn_ext, kind)(40, 50, bidirectional=True)
+    x = torch.randn(60, 2, 40, requires_grad=save)
+    assert "side by side" in str(rnn_ext.explain(module, x))
+
+    def run():
+        output, state = module(x)
+        states = state if isinstance(state, tuple) else (state,)
+        if not save:
+            return [output, *states]
+        wanted = [x, *module.parameters()]
+        loss = sum(t.square().sum() for t in (output, *states))
+        return [output.detach(), *torch.autograd.grad(loss, wanted)]
+
+    with torch.set_grad_enabled(save):
+        together = run()
+        torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in zip(together, run()))
 
 
 @pytest.mark.parametrize("cell", CELLS)

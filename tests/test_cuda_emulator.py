@@ -8,11 +8,31 @@ import re
 
 import numpy as np
 import pytest
-from cuda_on_cpu import KernelError, Kernels, Mutant, catch, conformance, isolated, latency, pointer
+from cuda_on_cpu import (
+    KernelError,
+    Kernels,
+    Mutant,
+    Number,
+    catch,
+    conformance,
+    from_bits,
+    isolated,
+    latency,
+    pointer,
+    to_bits,
+)
 
 PLANTED = "tests/cuda_on_cpu/entries/planted.cu"
 SEEDS = (0, 1, 2)
 BUILDS = pytest.mark.parametrize("race", [False, True], ids=["plain", "race"])
+
+
+def returned(x):
+    """Rounded to fp16, then to bf16, and turned around three times."""
+    for number in (Number.FLOAT16, Number.BFLOAT16):
+        x = from_bits(to_bits(x, number), number)
+    return x[:, ::-1]
+
 
 # kernel: (blocks, threads, blocks in a cluster, what the second half of x must be, from the first,
 # which is [blocks, threads])
@@ -29,6 +49,7 @@ KERNELS = {
     "bounds": (1, 36, 1, lambda x: x[:, ::-1]),
     "initialised": (2, 64, 1, lambda x: x),
     "ordinary": (4, 64, 1, lambda x: x),
+    "returned": (2, 64, 1, returned),
 }
 
 # (kernel, bug, pattern of the message). What only the race checker sees under every schedule is in
@@ -72,6 +93,9 @@ RACES = [
     ("deliveries", 4, "race|uninitialised"),
     ("initialised", 1, "uninitialised read of shared memory"),
     ("ordinary", 2, "race, write after write: x"),
+    ("returned", 1, "race, read after write: shared memory"),
+    ("returned", 2, "race, read after write: shared memory"),
+    ("returned", 3, "race, read after write: shared memory"),
 ]
 
 
@@ -116,8 +140,8 @@ def run_planted(kernels, name, bug, seed):
     x[0] = values
     kernels.initialise(x)
     flags = kernels.array(np.zeros(64, np.uint32), "flags")
-    shared_bytes = {"block_barrier": 384, "deliveries": 384, "bounds": 264}.get(name, 256)
-    grid = blocks, threads, cluster, shared_bytes
+    shared_bytes = {"block_barrier": 384, "deliveries": 384, "bounds": 264, "returned": 768}
+    grid = blocks, threads, cluster, shared_bytes.get(name, 256)
     kernels.call("planted", name.encode(), *addresses(x, flags), bug, *grid)
     wrong = x[1] != expected(np.float32(values)).reshape(blocks, threads)
     assert not wrong.any(), f"{wrong.sum()} words differ"

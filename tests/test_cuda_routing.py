@@ -12,6 +12,28 @@ from rnn_ext.backend import _runs_on
 from rnn_ext.backend import uncovered as why_uncovered
 
 
+def limits(**fields):
+    device = _C.CudaDeviceLimits()
+    for name, value in fields.items():
+        setattr(device, name, value)
+    return device
+
+
+H200 = limits(
+    major=9,
+    sm_count=132,
+    registers_per_sm=65536,
+    shared_per_sm=228 << 10,
+    shared_per_block=227 << 10,
+    shared_reserved=1 << 10,
+    threads_per_sm=2048,
+    blocks_per_sm=32,
+    l2_bytes=50 << 20,
+    cluster_size=16,
+    cooperative=True,
+)
+
+
 class OnCuda(torch.Tensor):
     """A tensor of the CPU that says it is on a GPU, as do the results of operations on it."""
 
@@ -33,6 +55,7 @@ def built(monkeypatch):
     monkeypatch.setattr(_C, "cuda_unavailable", lambda: "")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_C, "cuda_device_limits", lambda device: H200)
 
 
 @pytest.fixture
@@ -59,7 +82,23 @@ def test_four_dtypes_are_covered(built, dtype):
     module, x = on_cuda("LSTM", dtype)
     assert uncovered(module, x) is None
     (step,) = rnn_ext.explain(module, x).steps
-    assert step.kernel == "cuda-step" and str(step).startswith("cuda-step kernel: ")
+    kernel = "cuda-step" if dtype == torch.float64 else "cuda-persistent"
+    assert step.kernel == kernel and str(step).startswith(f"{kernel} kernel: ")
+
+
+def test_explain_tells_the_passes_and_the_backends_apart(built, autocast):
+    module, x = on_cuda("LSTM")
+    plan = rnn_ext.explain(module, x).steps[0]
+    assert "weights in registers" in plan.reason
+    with rnn_ext.use_backend("cuda-step"):
+        assert rnn_ext.explain(module, x).steps[0].kernel == "cuda-step"
+    x64, module64 = x.double(), on_cuda("LSTM", torch.float64)[0]
+    with rnn_ext.use_backend("cuda-persistent"):
+        assert rnn_ext.explain(module, x).steps[0].kernel == "cuda-persistent"
+        refused = rnn_ext.explain(module64, x64).steps[0]
+        assert refused.kernel == "none" and "float64" in refused.reason
+    autocast(torch.bfloat16)
+    assert rnn_ext.explain(module, x).steps[0].kernel == "cuda-persistent"
 
 
 def test_what_is_not_covered_says_why(built, monkeypatch):

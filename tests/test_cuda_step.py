@@ -2,67 +2,26 @@
 
 import pytest
 import torch
-from cases import CELLS, SHAPES, make_case, run_ours, run_reference, run_torch
-from emulated import step_modules
+from cases import CELLS, SHAPES, make_case, run_ours, run_reference
+from emulated import emulation
+from emulated_checks import PREDICATES, VARIANTS, check, check_packed_resets, check_predicates
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import FORWARD, GRADIENT, assert_as_exact, error
+from tolerance import error
 from torch.autograd import grad
 
 import rnn_ext
-from rnn_ext import composite, library, ops
+from rnn_ext import library, ops
 
+PATHS = ("cuda-step", "cuda-step")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-VARIANTS = {
-    "padded": {},
-    "reverse": {"reverse": True},
-    "ragged": {"ragged": True},
-    "ragged_reverse": {"ragged": True, "reverse": True},
-    "without_bias": {"bias": False},
-}
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    """rnn_ext's Python on the emulated kernels."""
-    extension, predicates = step_modules()
-    monkeypatch.setattr(ops, "_C", extension)
-    monkeypatch.setattr(library, "_C", extension)
-    monkeypatch.setattr(library, "_on_cuda", lambda tensor: True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small products: a second thread would only be waited for
-    yield predicates
-    torch.set_num_threads(threads)
-
-
-def away_from_the_kink(case):
-    """relu's derivative jumps: net inputs that a rounding could push across zero prove nothing."""
-    if case.cell == "rnn_relu" and case.tensors[5] is not None:
-        case.tensors[4] /= 8
-        case.tensors[5][::2] = 3
-        case.tensors[5][1::2] = -3
-    return case
-
-
-def check(case, dtype):
-    case = away_from_the_kink(case)
-    truth, true_gradients = run_reference(case)
-    results, gradients = run_ours(case.to(dtype))
-    assert results.keys() == truth.keys() and gradients.keys() == true_gradients.keys()
-    if dtype == torch.float64:
-        for ours, exact in ((results, truth), (gradients, true_gradients)):
-            for name in exact:
-                assert error(ours[name], exact[name]) <= 1e-10, name
-        return
-    their_results, their_gradients = run_torch(case.to(dtype))
-    for name in truth:
-        assert_as_exact(name, results[name], their_results[name], truth[name], FORWARD)
-    if case.cell == "rnn_relu" and case.tensors[5] is None and dtype.itemsize == 2:
-        return
-    for name, exact in true_gradients.items():
-        theirs = their_gradients[name]
-        assert_as_exact(f"gradient of {name}", gradients[name], theirs, exact, GRADIENT)
+    with emulation(monkeypatch, *PATHS) as predicates:
+        yield predicates
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -211,92 +170,18 @@ def test_nan_and_infinity_come_through(cell):
 
 # Rows that end early or start afresh
 
-PREDICATES = {"lengths": (True, False), "resets": (False, True), "both": (True, True)}
-
-
-def by_hand(case, lengths, resets, dtype):
-    """Results and gradients of a loop of torch operations in ``dtype``."""
-    case = case.to(dtype)
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case.tensors]
-    input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = leaves
-    projected = torch.nn.functional.linear(input, w_ih, b_ih)
-    steps, batch = input.shape[:2]
-    state, outputs, cells = (h0, c0), [None] * steps, [None] * steps
-    for t in reversed(range(steps)) if case.reverse else range(steps):
-        before = state
-        if resets is not None:
-            state = [None if s is None else s.masked_fill(resets[t, :, None], 0) for s in state]
-        state = composite.STEPS[case.cell](projected[t], *state, w_hh, b_hh, w_hr)
-        alive = torch.ones(batch, 1, dtype=bool) if lengths is None else (t < lengths)[:, None]
-        outputs[t], cells[t] = (None if s is None else s.where(alive, 0) for s in state)
-        pairs = zip(state, before)
-        state = tuple(None if s is None else s.where(alive, b) for s, b in pairs)
-    cells = None if c0 is None else torch.stack(cells)
-    results = [torch.stack(outputs), *state, cells]
-    return results, gradients_of(results, leaves, case.upstream)
-
-
-def gradients_of(results, leaves, upstream):
-    pairs = [(r, d) for r, d in zip(results, upstream) if r is not None]
-    wanted = [t for t in leaves if t is not None]
-    found = iter(grad([r for r, _ in pairs], wanted, [d for _, d in pairs]))
-    return [None if t is None else next(found) for t in leaves]
-
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("kind", PREDICATES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_rows_end_early_and_start_afresh(emulated, cell, dtype, kind, reverse, nan_filled):
-    has_lengths, has_resets = PREDICATES[kind]
-    case = away_from_the_kink(make_case(cell, (7, 9, 5, 21), reverse=reverse))
-    lengths = torch.tensor([7, 0, 3, 1, 6, 5, 2, 7, 4]) if has_lengths else None
-    resets = torch.rand(7, 9) < 0.3 if has_resets else None
-    truth = by_hand(case, lengths, resets, torch.float64)
-    theirs = by_hand(case, lengths, resets, dtype)
-    ours = case.to(dtype)
-    inputs = (case.cell, *ours.tensors, None, reverse)
-    output, h_n, c_n, *saved = emulated.forward(inputs, lengths, resets, True)
-    cells = saved[1]
-    gradients = emulated.backward(inputs, lengths, resets, *saved, *ours.upstream)
-    results = (output, h_n, c_n, None if cells is None else cells.to(dtype))
-    for values, exact, floor, factor in (
-        (results, truth[0], theirs[0], FORWARD),
-        (gradients, truth[1], theirs[1], GRADIENT),
-    ):
-        for i, (value, right, near) in enumerate(zip(values, exact, floor)):
-            if right is not None:
-                assert_as_exact(str(i), value, near, right.detach(), factor)
-    if has_lengths:
-        dead = torch.arange(7)[:, None] >= lengths
-        assert output[dead].count_nonzero() == 0
-        assert gradients[0][dead].count_nonzero() == 0
-        assert torch.equal(h_n[1], ours.tensors[1][1])
+    check_predicates(emulated, cell, dtype, kind, reverse, PATHS)
 
 
-def test_resets_of_packed_rows(emulated):
-    case = make_case("gru", (6, 5, 3, 11), ragged=True, reverse=True)
-    resets = torch.rand(len(case.tensors[0])) < 0.4
-    inputs = (case.cell, *case.tensors, case.batch_sizes, True)
-    output, h_n, _, *saved = emulated.forward(inputs, None, resets, True)
-    gradients = emulated.backward(inputs, None, resets, *saved, *case.upstream)
-    lengths = (torch.arange(1, 6)[:, None] <= case.batch_sizes).sum(1)
-    alive = torch.arange(6)[:, None] < lengths
-    padded = make_case("gru", (6, 5, 3, 11), reverse=True)
-    padded.tensors[1:] = case.tensors[1:]
-    padded.upstream[1] = case.upstream[1]
-    for target, rows in ((padded.tensors, case.tensors), (padded.upstream, case.upstream)):
-        target[0] = torch.zeros(6, 5, rows[0].size(-1), dtype=torch.float64)
-        target[0][alive] = rows[0]
-    all_resets = torch.zeros(6, 5, dtype=bool)
-    all_resets[alive] = resets
-    (right, right_h_n, *_), right_gradients = by_hand(padded, lengths, all_resets, torch.float64)
-    assert error(output, right[alive].detach()) <= 1e-12
-    assert error(h_n, right_h_n.detach()) <= 1e-12
-    right_gradients[0] = right_gradients[0][alive]
-    for ours, truth in zip(gradients, right_gradients):
-        if truth is not None:
-            assert error(ours, truth) <= 1e-12
+@pytest.mark.parametrize("cell", CELLS)
+def test_resets_of_packed_rows(emulated, cell, nan_filled):
+    check_packed_resets(emulated, cell, torch.float64, PATHS)
 
 
 # What lies above the kernels

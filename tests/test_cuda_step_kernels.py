@@ -10,6 +10,7 @@ from cuda_on_cpu import (
     Kernels,
     Mutant,
     Number,
+    build_ahead,
     catch,
     from_bits,
     pointer,
@@ -207,15 +208,26 @@ MUTANTS = [
 ]
 
 
+def mutant_of(file, name, cell, old, new):
+    return Mutant(name, f"csrc/cuda/{file}", old, new)
+
+
+@pytest.fixture(scope="module")
+def built_ahead(request):
+    items = [item for item in request.session.items if item.path == request.path]
+    given = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    mutants = [mutant_of(**g) for g in given if "old" in g]
+    build_ahead({"sources": SOURCES, "race": True, "mutant": mutant} for mutant in mutants)
+
+
 @emulated_only
+@pytest.mark.usefixtures("built_ahead")
 @pytest.mark.parametrize(
     "file, name, cell, old, new", MUTANTS, ids=[m[1].replace(" ", "-") for m in MUTANTS]
 )
 def test_a_planted_bug_is_caught(file, name, cell, old, new):
-    mutant = Mutant(name, f"csrc/cuda/{file}", old, new)
-
     def run(kernels):
         for layout, reverse in (("packed", False), ("lengths", True)):
             Run(kernels, Case(cell, False, layout, reverse), Number.FLOAT64).check()
 
-    catch(mutant, SOURCES, run)
+    catch(mutant_of(file, name, cell, old, new), SOURCES, run)

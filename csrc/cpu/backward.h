@@ -1,6 +1,6 @@
 // Backpropagation through time, once for all cells.
-//   per step, last to first, and phase: product of later deltas with the recurrent weights, the cell's vjp on the
-//   registers that hold it, delta = dL/d(net input) stored for every step;
+//   per step, last to first, and phase: product of later deltas with the recurrent weights, the
+//   cell's vjp on the registers that hold it, delta = dL/d(net input) stored for every step;
 //   then each parameter gradient and dx is one product over all steps.
 // Threads split the loop as in forward.h; the products after it are split by rows of their result.
 #pragma once
@@ -49,7 +49,8 @@ class Backward {
   }
 
  private:
-  // Rows of delta are this much longer than they need be: rows a power of two apart share cache sets.
+  // Rows of delta are this much longer than they need be: rows a power of two apart share cache
+  // sets.
   static constexpr long kPadding = 16;
 
   void lay_out(Arena& arena) {

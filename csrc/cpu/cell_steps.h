@@ -1,12 +1,13 @@
-// What happens to a register of units between two matrix products: the cells of csrc/cells, bound to the memory of
-// one time step. The time loops (forward.h, backward.h) are written once and take one of these classes.
+// What happens to a register of units between two matrix products: the cells of csrc/cells, bound
+// to the memory of one time step. The time loops (forward.h, backward.h) are written once and take
+// one of these classes.
 //
-// A step has one or two phases. Each is a product of an operand with recurrent weights, followed by a finish on the
-// registers that hold the result:
-//                     forward phase 0            forward phase 1         backward phase 0         backward phase 1
-//   Elman, LSTM, GRU  h' U -> gates, h                                   delta_next U -> delta
-//   projected LSTM    h' U -> gates, m           m W_hr -> h             delta_next U -> dh       dh W_hr -> delta
-//   reset-before GRU  h' U_rz -> r, z, r h'      (r h') U_n -> n, h      delta_next U_rz -> z, n  delta_n U_n -> r
+// A step has one or two phases. Each is a product of an operand with recurrent weights, followed by
+// a finish on the registers that hold the result (d: delta):
+//                     forward 0              forward 1          backward 0            backward 1
+//   Elman, LSTM, GRU  h' U -> gates, h                          d_next U -> delta
+//   projected LSTM    h' U -> gates, m       m W_hr -> h        d_next U -> dh        dh W_hr -> d
+//   reset-before GRU  h' U_rz -> r, z, r h'  (r h') U_n -> n,h  d_next U_rz -> z, n   d_n U_n -> r
 #pragma once
 #include "panels.h"
 // The cells, in this target's namespace.
@@ -16,8 +17,8 @@
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
-// Row 0 of one step. Rows of `gates` are [blocks][gates][kLanes]; those of h and d_out have `output` columns, all
-// others `hidden` or what is said.
+// Row 0 of one step. Rows of `gates` are [blocks][gates][kLanes]; those of h and d_out have
+// `output` columns, all others `hidden` or what is said.
 template <class real>
 struct ForwardView {
   long hidden, output, gates_width;
@@ -43,8 +44,8 @@ struct BackwardView {
 // What the recurrent weights were multiplied with.
 enum class Operand { kNone, kPreviousState, kMiddle };
 
-// Columns [delta_column, + count) of delta are the gradient at rows [weight_row, + count) of W x (`input`) and of
-// U times an operand (`recurrent`).
+// Columns [delta_column, + count) of delta are the gradient at rows [weight_row, + count) of W x
+// (`input`) and of U times an operand (`recurrent`).
 constexpr int kMaxSegments = 3;
 struct Segment {
   long delta_column, weight_row, count;

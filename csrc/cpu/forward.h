@@ -1,18 +1,20 @@
 // The forward time loop, once for all cells.
 //   per chunk of steps: gates = x W of the chunk (one product, kept in cache);
-//   per step and phase: product with the recurrent weights, gate maths on the registers that hold it.
+//   per step and phase: product with the recurrent weights, gate maths on the registers that
+//   hold it.
 // Threads own rows (no waiting) or hidden units (a barrier after each phase).
 #pragma once
 #include "cell_steps.h"
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
-// Rows of gates that one chunk of the input projection covers: they are used while they are in the cache.
+// Rows of gates that one chunk of the input projection covers: they are used while they are in the
+// cache.
 constexpr long kProjectionRows = 240;
 
 // What part of a step's rows and of a product's panels belongs to a member of the team.
 struct Share {
-  Member member;
+  const Member& member;
   Split split;
   long batch;
 
@@ -41,19 +43,21 @@ RNN_EXT_INLINE void for_units(long panel, long units, const Body& body) {
   }
 }
 
-// Reads: products [rows][Shape::vectors * kLanes]. Writes: what Cell::forward<phase> writes. One thread.
+// Reads: products [rows][Shape::vectors * kLanes]. Writes: what Cell::forward<phase> writes. One
+// thread.
 template <class real, class Cell, class Shape, int phase, bool save>
 RNN_EXT_NOINLINE void finish_forward(const ForwardView<real>& view, long first, int rows,
                                      long panel, long units, const real* products) {
   constexpr int stride = Shape::vectors * kLanes<real>;
   for (int i = 0; i < rows; i++)
-    for_units<real, Shape>(panel, units, [&](int b, long block, int lanes) __attribute__((always_inline)) {
-      Vec<real> product[Shape::gates];
-    RNN_EXT_UNROLL
-      for (int g = 0; g < Shape::gates; g++)
-        product[g] = load(products + i * stride + (b * Shape::gates + g) * kLanes<real>);
-      Cell::template forward<phase, save>(view, first + i, block, lanes, product);
-    });
+    for_units<real, Shape>(
+        panel, units, [&](int b, long block, int lanes) __attribute__((always_inline)) {
+          Vec<real> product[Shape::gates];
+          RNN_EXT_UNROLL
+          for (int g = 0; g < Shape::gates; g++)
+            product[g] = load(products + i * stride + (b * Shape::gates + g) * kLanes<real>);
+          Cell::template forward<phase, save>(view, first + i, block, lanes, product);
+        });
 }
 
 template <class real, class Cell, bool save>
@@ -75,7 +79,8 @@ class Forward {
     if constexpr (Cell::has_cell_state)
       second_ = {a_.weights.hr, output_, hidden_, nullptr};
     else
-      second_ = {a_.weights.hh + Cell::recurrent_gates * hidden_ * output_, hidden_, hidden_, nullptr};
+      second_ = {a_.weights.hh + Cell::recurrent_gates * hidden_ * output_, hidden_, hidden_,
+                 nullptr};
     keep_all_gates_ = save && Cell::keeps_gates;
 
     Arena sizes;
@@ -107,7 +112,8 @@ class Forward {
   }
   long chunk_rows() const { return chunk_steps() * a_.steps.batch; }
 
-  // bias_: b_ih + b_hh in the order of the gates; a cell with split_bias keeps b_hh of its last gate apart.
+  // bias_: b_ih + b_hh in the order of the gates; a cell with split_bias keeps b_hh of its last
+  // gate apart.
   void pack_bias() {
     const Weights<real>& w = a_.weights;
     for (long i = 0; i < width_; i++) bias_[i] = 0;
@@ -117,7 +123,8 @@ class Forward {
       for (int g = 0; g < Cell::gates; g++) {
         const bool apart = Cell::split_bias && g == Cell::gates - 1;
         const long row = g * hidden_ + u;
-        bias_[(u / lanes * Cell::gates + g) * lanes + u % lanes] = w.b_ih[row] + (apart ? real(0) : w.b_hh[row]);
+        bias_[(u / lanes * Cell::gates + g) * lanes + u % lanes] =
+            w.b_ih[row] + (apart ? real(0) : w.b_hh[row]);
         if (apart) hidden_bias_[u] = w.b_hh[row];
       }
   }
@@ -144,11 +151,12 @@ class Forward {
     }
   }
 
-  // Row of gates_ where step t of a chunk that starts at step `low` begins. Members that own rows run ahead of each
-  // other, so there a row must have the same place in every chunk.
+  // Row of gates_ where step t of a chunk that starts at step `low` begins. Members that own rows
+  // run ahead of each other, so there a row must have the same place in every chunk.
   long gates_row(const Share& share, long t, long low) const {
     if (keep_all_gates_) return a_.steps.begin(t);
-    return share.split == Split::kRows ? (t - low) * a_.steps.batch : a_.steps.begin(t) - a_.steps.begin(low);
+    return share.split == Split::kRows ? (t - low) * a_.steps.batch
+                                       : a_.steps.begin(t) - a_.steps.begin(low);
   }
 
   // gates = x W for the steps [low, high), this member's part
@@ -160,15 +168,18 @@ class Forward {
         for (long p = p0; p < p1; p++)
           for_row_blocks(m, stop, kTileRows<Gates::vectors>, [&](long first, int count) {
             input_.multiply(p, count, a_.x + first * a_.sizes.input, a_.sizes.input,
-                            gates_ + (first - base) * width_ + p * Gates::vectors * lanes, width_, false);
+                            gates_ + (first - base) * width_ + p * Gates::vectors * lanes, width_,
+                            false);
           });
       }
     };
     if (share.split != Split::kRows) {
-      rows(a_.steps.begin(low), a_.steps.begin(high), a_.steps.begin(low) - gates_row(share, low, low));
+      rows(a_.steps.begin(low), a_.steps.begin(high),
+           a_.steps.begin(low) - gates_row(share, low, low));
     } else {
       for (long t = low; t < high; t++)
-        rows(a_.steps.begin(t) + share.row_begin(), a_.steps.begin(t) + share.row_end(a_.steps.rows(t)),
+        rows(a_.steps.begin(t) + share.row_begin(),
+             a_.steps.begin(t) + share.row_end(a_.steps.rows(t)),
              a_.steps.begin(t) - gates_row(share, t, low));
     }
   }
@@ -205,16 +216,17 @@ class Forward {
   }
 
   template <int phase_index, class Shape>
-  void phase(const Panels<real, Shape>& panels, const Share& share, const ForwardView<real>& view, const real* operand,
-             long operand_width, long r0, long r1, long units) const {
+  void phase(const Panels<real, Shape>& panels, const Share& share, const ForwardView<real>& view,
+             const real* operand, long operand_width, long r0, long r1, long units) const {
     if (r0 >= r1) return;
     alignas(64) real products[kTileRows<Shape::vectors> * Shape::vectors * lanes];
     const long p1 = share.panel_end(panels.count());
     for (long p = share.panel_begin(panels.count()); p < p1; p++)
       for_row_blocks(r0, r1, kTileRows<Shape::vectors>, [&](long first, int count) {
-        panels.multiply(p, count, operand + first * operand_width, operand_width, products, Shape::vectors * lanes,
-                        false);
-        finish_forward<real, Cell, Shape, phase_index, save>(view, first, count, p, units, products);
+        panels.multiply(p, count, operand + first * operand_width, operand_width, products,
+                        Shape::vectors * lanes, false);
+        finish_forward<real, Cell, Shape, phase_index, save>(view, first, count, p, units,
+                                                             products);
       });
   }
 

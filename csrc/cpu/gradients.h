@@ -1,4 +1,5 @@
-// The products that follow the backward time loop: weight gradients, bias gradients, input gradient.
+// The products that follow the backward time loop: weight gradients, bias gradients, input
+// gradient.
 #pragma once
 #include "cell_steps.h"
 
@@ -31,7 +32,8 @@ RNN_EXT_INLINE void add_tile(int rows, long depth, const real* a, long a_row, lo
     }
 }
 
-// One product of the deltas: out[weight_row + m, n] = sum over k of delta[k, delta_column + m] x[k, n].
+// One product of the deltas: out[weight_row + m, n] = sum over k of delta[k, delta_column + m] x[k,
+// n].
 template <class real>
 struct Target {
   Rows<real> x;
@@ -39,8 +41,8 @@ struct Target {
   real* out;
 };
 
-// Products of the same deltas with one or two matrices. One thread; packs strips of deltas and panels of x so that
-// the register tile reads both in order.
+// Products of the same deltas with one or two matrices. One thread; packs strips of deltas and
+// panels of x so that the register tile reads both in order.
 template <class real>
 class WeightGradient {
   static constexpr int lanes = kLanes<real>, width = 2 * lanes, strip = kTileRows<2>;
@@ -84,18 +86,20 @@ class WeightGradient {
     }
   }
 
-  // Whole registers are copied: what a row has too much, the next row overwrites. Rows of delta are padded.
+  // Whole registers are copied: what a row has too much, the next row overwrites. Rows of delta are
+  // padded.
   static void pack_strips(const real* delta, long delta_width, long rows, long depth,
                           real* strips) {
     for (long s = 0; s * strip < rows; s++) {
       const real* from = delta + s * strip;
       real* to = strips + s * strip * kDepth;
       for (long k = 0; k < depth; k++, from += delta_width, to += strip) RNN_EXT_UNROLL
-        for (int i = 0; i < strip; i += lanes) store(to + i, load(from + i));
+      for (int i = 0; i < strip; i += lanes) store(to + i, load(from + i));
     }
   }
 
-  static void pack_panel(const Rows<real>& x, long first, long depth, long column, long wide, real* panel) {
+  static void pack_panel(const Rows<real>& x, long first, long depth, long column, long wide,
+                         real* panel) {
     for (long k = 0; k < depth; k++, panel += width) {
       const real* from = x[first + k] + column;
       if (wide == width) {
@@ -108,9 +112,11 @@ class WeightGradient {
   }
 };
 
-// Sum of one register's columns over rows, halved again and again: the rounding error grows with log(rows).
+// Sum of one register's columns over rows, halved again and again: the rounding error grows with
+// log(rows).
 template <class real>
-RNN_EXT_NOINLINE void sum_rows(const real* first, long stride, long rows, int lanes, Vec<real>& sum) {
+RNN_EXT_NOINLINE void sum_rows(const real* first, long stride, long rows, int lanes,
+                               Vec<real>& sum) {
   constexpr long kFew = 16;
   sum = Vec<real>{};
   if (rows <= kFew) {
@@ -123,10 +129,11 @@ RNN_EXT_NOINLINE void sum_rows(const real* first, long stride, long rows, int la
   sum = low + high;
 }
 
-// out[weight_row + u] = sum over rows of delta[row, delta_column + u] for u in [begin, end), to one or two places.
+// out[weight_row + u] = sum over rows of delta[row, delta_column + u] for u in [begin, end), to one
+// or two places.
 template <class real>
-RNN_EXT_NOINLINE void bias_gradient(const Segment& segment, long begin, long end, const real* delta, long delta_width,
-                                    long rows, real* out, real* also_out) {
+RNN_EXT_NOINLINE void bias_gradient(const Segment& segment, long begin, long end, const real* delta,
+                                    long delta_width, long rows, real* out, real* also_out) {
   constexpr int w = kLanes<real>;
   for (long u = begin; u < end; u += w) {
     const int lanes = end - u < w ? int(end - u) : w;
@@ -139,8 +146,9 @@ RNN_EXT_NOINLINE void bias_gradient(const Segment& segment, long begin, long end
 
 // dx rows [begin, end) = sum over the segments of W x of delta times W.
 template <class real>
-RNN_EXT_NOINLINE void input_gradient(const Segment* segments, int count, const ColumnPanels<real>& panels, long begin,
-                                     long end, const real* delta, long delta_width, real* dx) {
+RNN_EXT_NOINLINE void input_gradient(const Segment* segments, int count,
+                                     const ColumnPanels<real>& panels, long begin, long end,
+                                     const real* delta, long delta_width, real* dx) {
   constexpr int width = ColumnPanels<real>::width, strip = kTileRows<2>;
   constexpr long kBlock = 96;  // rows of delta and dx that stay in the cache while W passes by
   const long columns = panels.columns;
@@ -154,9 +162,10 @@ RNN_EXT_NOINLINE void input_gradient(const Segment* segments, int count, const C
         for (long p = 0; p < panels.count(); p++)
           for_row_blocks(m, stop, strip, [&](long first, int rows) {
             const long left = columns - p * width;
-            add_tile<real>(rows, depth, delta + first * delta_width + segments[s].delta_column + k, delta_width, 1,
-                           panels.panel(p) + (segments[s].weight_row + k) * width, dx + first * columns + p * width,
-                           columns, left < width ? left : width, !first_sum);
+            add_tile<real>(rows, depth, delta + first * delta_width + segments[s].delta_column + k,
+                           delta_width, 1, panels.panel(p) + (segments[s].weight_row + k) * width,
+                           dx + first * columns + p * width, columns, left < width ? left : width,
+                           !first_sum);
           });
       }
     }

@@ -1,5 +1,5 @@
-// What isa_*.cpp share, and every library header the kernels use: those must come before the target is set, or the
-// linker might keep a copy of an inline function that this CPU cannot run.
+// What isa_*.cpp share, and every library header the kernels use: those must come before the target
+// is set, or the linker might keep a copy of an inline function that this CPU cannot run.
 #pragma once
 #include <cstddef>
 #include <cstdint>

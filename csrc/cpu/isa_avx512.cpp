@@ -4,7 +4,8 @@
 #define RNN_EXT_TARGET avx512
 #define RNN_EXT_VECTOR_BYTES 64
 #define RNN_EXT_VECTOR_REGISTERS 32
-// The target lasts to the end of the file, where templates are instantiated; no library header may follow.
+// The target lasts to the end of the file, where templates are instantiated; no library header may
+// follow.
 #ifdef __clang__
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)

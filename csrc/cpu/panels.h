@@ -1,10 +1,12 @@
-// Weight matrices cut into panels, so that one register tile holds every gate of the units it computes.
+// Weight matrices cut into panels, so that one register tile holds every gate of the units it
+// computes.
 #pragma once
 #include "tile.h"
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
-// A panel covers `blocks` neighbouring blocks of kLanes units, and for each of them `gates` vectors.
+// A panel covers `blocks` neighbouring blocks of kLanes units, and for each of them `gates`
+// vectors.
 template <int gates_, int blocks_>
 struct PanelShape {
   static constexpr int gates = gates_, blocks = blocks_, vectors = gates_ * blocks_;
@@ -21,8 +23,9 @@ RNN_EXT_INLINE long panels_of(long units) {
   return (blocks_of<real>(units) + Shape::blocks - 1) / Shape::blocks;
 }
 
-// The right-hand side of y = W x, for W of `gates` matrices [units, depth] stored one under the other.
-// Packed: panel p is [depth][blocks][gates][kLanes], zero beyond the last unit. Not packed: read where it is.
+// The right-hand side of y = W x, for W of `gates` matrices [units, depth] stored one under the
+// other. Packed: panel p is [depth][blocks][gates][kLanes], zero beyond the last unit. Not packed:
+// read where it is.
 template <class real, class Shape>
 struct Panels {
   const real* rows;  // W
@@ -55,31 +58,34 @@ struct Panels {
         if (valid == lanes)
           for (; k + lanes <= depth; k += lanes) {
             Vec<real> square[lanes];
-    RNN_EXT_UNROLL
+            RNN_EXT_UNROLL
             for (int l = 0; l < lanes; l++) square[l] = load(from + l * depth + k);
             transpose<real>(square);
             RNN_EXT_UNROLL
             for (int l = 0; l < lanes; l++) store(to + (k + l) * stride, square[l]);
           }
         for (; k < depth; k++)
-          for (int l = 0; l < lanes; l++) to[k * stride + l] = l < valid ? from[l * depth + k] : real(0);
+          for (int l = 0; l < lanes; l++)
+            to[k * stride + l] = l < valid ? from[l * depth + k] : real(0);
       }
   }
 
   // c[row_count][vectors * kLanes] (+)= rows a times panel p
-  RNN_EXT_INLINE void multiply(long p, int row_count, const real* a, long a_row, real* c, long c_row,
-                               bool accumulate) const {
+  RNN_EXT_INLINE void multiply(long p, int row_count, const real* a, long a_row, real* c,
+                               long c_row, bool accumulate) const {
     if (packed)
-      tile_long<real, Shape::vectors>(row_count, depth, a, a_row, 1, packed + p * depth * Shape::vectors * kLanes<real>,
-                                      c, c_row, accumulate);
+      tile_long<real, Shape::vectors>(row_count, depth, a, a_row, 1,
+                                      packed + p * depth * Shape::vectors * kLanes<real>, c, c_row,
+                                      accumulate);
     else
       multiply_in_place(p, row_count, a, a_row, c, c_row, accumulate);
   }
 
  private:
-  // Dot products with rows of W as they lie: kLanes of them side by side, summed across by a transposition.
-  RNN_EXT_NOINLINE void multiply_in_place(long p, int row_count, const real* a, long a_row, real* c, long c_row,
-                                          bool accumulate) const {
+  // Dot products with rows of W as they lie: kLanes of them side by side, summed across by a
+  // transposition.
+  RNN_EXT_NOINLINE void multiply_in_place(long p, int row_count, const real* a, long a_row, real* c,
+                                          long c_row, bool accumulate) const {
     constexpr int lanes = kLanes<real>;
     for (int v = 0; v < Shape::vectors; v++) {
       int valid;
@@ -117,15 +123,15 @@ struct Panels {
     }
     transpose<real>(acc);
     RNN_EXT_UNROLL
-    for (int half = lanes / 2; half >= 1; half /= 2)
-      RNN_EXT_UNROLL
-      for (int l = 0; l < half; l++) acc[l] += acc[l + half];
+    for (int half = lanes / 2; half >= 1; half /= 2) RNN_EXT_UNROLL
+    for (int l = 0; l < half; l++) acc[l] += acc[l + half];
     return acc[0];
   }
 };
 
-// The right-hand side of y = x M for M [depth, columns] as stored (the backward products): panel p is
-// [depth][2 * kLanes] columns of M. Rows of M may come from several places: pack() takes them piece by piece.
+// The right-hand side of y = x M for M [depth, columns] as stored (the backward products): panel p
+// is [depth][2 * kLanes] columns of M. Rows of M may come from several places: pack() takes them
+// piece by piece.
 template <class real>
 struct ColumnPanels {
   long depth, columns;

@@ -2,12 +2,17 @@
 
 namespace rnn_ext {
 namespace {
-// Starting a team costs about a microsecond and a barrier about 50 ns; a core does 50-250 flop a nanosecond.
+// Starting a team costs about a microsecond and a barrier about 50 ns; a core does 50-250 flop a
+// nanosecond.
 constexpr double kMinFlopsForTeam = 400e3;
 constexpr double kMinFlopsPerBarrier = 20e3;
+// Two directions with less work in a step than this go faster side by side than one after the other
+// in a team.
+constexpr double kMinFlopsPerMember = 1e6;
 // A thread with fewer rows than this cannot fill its register tiles.
 constexpr long kMinRowsPerThread = 16;
-// Row split makes every thread read all weights each step: fine while they stay in its own second-level cache.
+// Row split makes every thread read all weights each step: fine while they stay in its own
+// second-level cache.
 constexpr long kMaxSharedWeightBytes = 1 << 20;
 // Below this many rows in all, copying the weights costs more than reading them where they are.
 constexpr long kMinRowsToPack = 8;
@@ -34,6 +39,17 @@ Plan choose_plan(const PlanShape& s) {
   if (s.batch >= 2 * s.max_threads)
     return {s.max_threads, Split::kRows, pack, "too few hidden units to split, so rows are"};
   return {1, Split::kNone, pack, "too little work in a step for a barrier"};
+}
+
+DirectionsPlan choose_plan(const PlanShape& s, int directions) {
+  const Plan alone = choose_plan(s);
+  const double flops_per_step = 2.0 * s.gates * s.hidden * s.output * s.batch;
+  const double flops = 2.0 * s.gates * s.hidden * (s.input + s.output) * s.steps * s.batch;
+  const bool idle = alone.threads == 1 || (alone.split == Split::kColumns && s.max_threads == 2 &&
+                                           flops_per_step < kMinFlopsPerMember);
+  if (directions != 2 || s.max_threads < 2 || !idle || 2 * flops < kMinFlopsForTeam)
+    return {alone, false};
+  return {{1, Split::kNone, alone.pack, "both directions side by side"}, true};
 }
 
 }  // namespace rnn_ext

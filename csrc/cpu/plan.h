@@ -1,4 +1,5 @@
-// How a layer is spread over threads: a pure function of its shape, so that it can be tested and printed.
+// How a layer is spread over threads: a pure function of its shape, so that it can be tested and
+// printed.
 #pragma once
 
 namespace rnn_ext {
@@ -23,5 +24,12 @@ struct Plan {
 };
 
 Plan choose_plan(const PlanShape& shape);
+
+// The same for a layer with that many directions. Side by side, each has a thread of its own.
+struct DirectionsPlan {
+  Plan plan;  // of each direction
+  bool side_by_side;
+};
+DirectionsPlan choose_plan(const PlanShape& shape, int directions);
 
 }  // namespace rnn_ext

@@ -1,5 +1,6 @@
-// What a layer's forward and backward pass read and write, as plain pointers: the border between torch's side
-// (csrc/ops) and the kernels. real is float or double. All matrices are row-major and contiguous.
+// What a layer's forward and backward pass read and write, as plain pointers: the border between
+// torch's side (csrc/ops) and the kernels. real is float or double. All matrices are row-major and
+// contiguous.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,8 +10,9 @@
 
 namespace rnn_ext {
 
-// The time axis. Rows of step t are offsets[t] .. offsets[t + 1]; row r of a step belongs to sequence r, and the
-// number of rows never grows with t (the layout of a PackedSequence; a padded batch has B rows at every step).
+// The time axis. Rows of step t are offsets[t] .. offsets[t + 1]; row r of a step belongs to
+// sequence r, and the number of rows never grows with t (the layout of a PackedSequence; a padded
+// batch has B rows at every step).
 struct Steps {
   long count, batch;       // T, B
   const int64_t* offsets;  // [T + 1]
@@ -57,10 +59,10 @@ struct ForwardArgs {
   const real* c0;  // [B, H], LSTM
   real* out;       // [N, P]
   real* c;  // LSTM: [N, H] when saving; otherwise [B, H], holding c0 on entry and c_n afterwards
-  real*
-      gates;  // saving, cells with gates: [N, gates_width] activations in panel order; otherwise null
-  real*
-      middle;  // saving: [N, H]: GRU's U_n h' + b_rn, reset-before GRU's r h', projected LSTM's o tanh(c)
+  // Saving, cells with gates: [N, gates_width] activations in panel order; otherwise null.
+  real* gates;
+  // Saving, [N, H]: GRU's U_n h' + b_rn, reset-before GRU's r h', projected LSTM's o tanh(c).
+  real* middle;
   bool save;  // keep what the backward pass needs
   Plan plan;
 };

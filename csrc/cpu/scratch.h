@@ -1,10 +1,12 @@
-// Working memory of one call. Small amounts are kept per calling thread from call to call, large ones are not.
+// Working memory of one call. Small amounts are kept per calling thread from call to call, large
+// ones are not.
 #pragma once
 #include <cstddef>
 
 namespace rnn_ext {
 
-// Hands out aligned pieces of one allocation. Lay the pieces out once without memory to learn the size, then again.
+// Hands out aligned pieces of one allocation. Lay the pieces out once without memory to learn the
+// size, then again.
 class Arena {
  public:
   explicit Arena(char* base = nullptr) : base_(base) {}

@@ -1,4 +1,5 @@
-// The register tile every matrix product here is made of, and products of rows with packed panels of weights.
+// The register tile every matrix product here is made of, and products of rows with packed panels
+// of weights.
 #pragma once
 #include "vector_math.h"
 
@@ -13,11 +14,13 @@ constexpr int kAccumulators = 12;
 template <int vectors>
 constexpr int kTileRows = vectors == 1 ? 12 : kAccumulators / vectors;
 
-// Longer sums are cut into pieces of this many products, added up separately: it bounds the rounding error.
+// Longer sums are cut into pieces of this many products, added up separately: it bounds the
+// rounding error.
 constexpr long kSumLength = 256;
 
-// C[rows, vectors] (+)= A[rows, depth] B[depth, vectors]. Element (i, k) of A is at a[i * a_row + k * a_step]; rows of
-// B follow each other. Small tiles run several sums side by side to cover the latency of the multiply-add.
+// C[rows, vectors] (+)= A[rows, depth] B[depth, vectors]. Element (i, k) of A is at a[i * a_row + k
+// * a_step]; rows of B follow each other. Small tiles run several sums side by side to cover the
+// latency of the multiply-add.
 template <class real, int rows, int vectors>
 RNN_EXT_NOINLINE void tile(long depth, const real* a, long a_row, long a_step, const real* b,
                            real* c, long c_row, bool accumulate) {
@@ -25,11 +28,9 @@ RNN_EXT_NOINLINE void tile(long depth, const real* a, long a_row, long a_step, c
   constexpr int chains = rows * vectors >= 8 ? 1 : (7 + rows * vectors) / (rows * vectors);
   Vec<real> acc[chains][rows][vectors];
   RNN_EXT_UNROLL
-  for (int s = 0; s < chains; s++)
-    RNN_EXT_UNROLL
-    for (int i = 0; i < rows; i++)
-      RNN_EXT_UNROLL
-      for (int j = 0; j < vectors; j++) acc[s][i][j] = Vec<real>{};
+  for (int s = 0; s < chains; s++) RNN_EXT_UNROLL
+  for (int i = 0; i < rows; i++) RNN_EXT_UNROLL
+  for (int j = 0; j < vectors; j++) acc[s][i][j] = Vec<real>{};
 
   long k = 0;
   for (; k + chains <= depth; k += chains) {
@@ -49,26 +50,21 @@ RNN_EXT_NOINLINE void tile(long depth, const real* a, long a_row, long a_step, c
     b += chains * vectors * lanes;
   }
   if constexpr (chains > 1) {
-    for (; k < depth; k++, a += a_step, b += vectors * lanes)
-      RNN_EXT_UNROLL
-      for (int i = 0; i < rows; i++)
-        RNN_EXT_UNROLL
-        for (int j = 0; j < vectors; j++) acc[0][i][j] += a[i * a_row] * load(b + j * lanes);
+    for (; k < depth; k++, a += a_step, b += vectors * lanes) RNN_EXT_UNROLL
+    for (int i = 0; i < rows; i++) RNN_EXT_UNROLL
+    for (int j = 0; j < vectors; j++) acc[0][i][j] += a[i * a_row] * load(b + j * lanes);
     RNN_EXT_UNROLL
-    for (int s = 1; s < chains; s++)
-      RNN_EXT_UNROLL
-      for (int i = 0; i < rows; i++)
-        RNN_EXT_UNROLL
-        for (int j = 0; j < vectors; j++) acc[0][i][j] += acc[s][i][j];
+    for (int s = 1; s < chains; s++) RNN_EXT_UNROLL
+    for (int i = 0; i < rows; i++) RNN_EXT_UNROLL
+    for (int j = 0; j < vectors; j++) acc[0][i][j] += acc[s][i][j];
   }
 
   RNN_EXT_UNROLL
-  for (int i = 0; i < rows; i++)
-    RNN_EXT_UNROLL
-    for (int j = 0; j < vectors; j++) {
-      real* out = c + i * c_row + j * lanes;
-      store(out, accumulate ? load(out) + acc[0][i][j] : acc[0][i][j]);
-    }
+  for (int i = 0; i < rows; i++) RNN_EXT_UNROLL
+  for (int j = 0; j < vectors; j++) {
+    real* out = c + i * c_row + j * lanes;
+    store(out, accumulate ? load(out) + acc[0][i][j] : acc[0][i][j]);
+  }
 }
 
 template <class real>
@@ -89,12 +85,13 @@ RNN_EXT_INLINE TileFunction<real> tile_for(int rows) {
 
 // As tile, for sums of any length.
 template <class real, int vectors>
-RNN_EXT_INLINE void tile_long(int rows, long depth, const real* a, long a_row, long a_step, const real* b, real* c,
-                              long c_row, bool accumulate) {
+RNN_EXT_INLINE void tile_long(int rows, long depth, const real* a, long a_row, long a_step,
+                              const real* b, real* c, long c_row, bool accumulate) {
   const TileFunction<real> run = tile_for<real, vectors>(rows);
   for (long k = 0; k < depth || k == 0; k += kSumLength) {
     const long part = depth - k < kSumLength ? depth - k : kSumLength;
-    run(part, a + k * a_step, a_row, a_step, b + k * vectors * kLanes<real>, c, c_row, accumulate || k > 0);
+    run(part, a + k * a_step, a_row, a_step, b + k * vectors * kLanes<real>, c, c_row,
+        accumulate || k > 0);
   }
 }
 

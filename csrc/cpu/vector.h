@@ -1,5 +1,5 @@
-// Registers of RNN_EXT_VECTOR_BYTES as values, through the vector extensions of GCC and Clang: one source for
-// every instruction set. Include only inside a target section (isa_*.cpp).
+// Registers of RNN_EXT_VECTOR_BYTES as values, through the vector extensions of GCC and Clang: one
+// source for every instruction set. Include only inside a target section (isa_*.cpp).
 #pragma once
 
 #include "../cells/target.h"

@@ -1,5 +1,5 @@
-// sigmoid and tanh of a register, within about 2.5 units in the last place, and NaN stays NaN.
-// Both rest on expm1(r) = r + r^2 q(r) on |r| <= ln(2)/2 and exp(x) = 2^n exp(r) with x = n ln(2) + r.
+// sigmoid and tanh of a register, within about 2.5 units in the last place, and NaN stays NaN. Both
+// rest on expm1(r) = r + r^2 q(r) on |r| <= ln(2)/2 and exp(x) = 2^n exp(r) with x = n ln(2) + r.
 #pragma once
 #include "vector.h"
 
@@ -54,7 +54,8 @@ struct SplitExp {
     RNN_EXT_UNROLL
     for (size_t i = 1; i < sizeof(K::q) / sizeof(real); i++) q = q * r + K::q[i];
     expm1_r = r + r * r * q;
-    scale = (Vec<real>)(((Bits)rounded << K::mantissa_bits) + (K::exponent_bias << K::mantissa_bits));
+    scale =
+        (Vec<real>)(((Bits)rounded << K::mantissa_bits) + (K::exponent_bias << K::mantissa_bits));
   }
 };
 
@@ -80,9 +81,11 @@ struct VectorMath {
     magnitude = magnitude > limit ? limit : magnitude;
     const SplitExp<real> e(magnitude * -2);
     const V expm1 = e.expm1_r * e.scale + (e.scale - 1);  // of -2 |x|, in (-1, 0]
-    // -expm1 / (expm1 + 2) is exact near 0, 1 - 2 exp / (expm1 + 2) near 1, where rounding expm1 would cost a digit.
+    // -expm1 / (expm1 + 2) is exact near 0, 1 - 2 exp / (expm1 + 2) near 1, where rounding expm1
+    // would cost a digit.
     const V middle = real(0.55) - V{};
-    const V quotient = (magnitude > middle ? 2 * (e.expm1_r * e.scale + e.scale) : -expm1) / (expm1 + 2);
+    const V quotient =
+        (magnitude > middle ? 2 * (e.expm1_r * e.scale + e.scale) : -expm1) / (expm1 + 2);
     return (V)((Bits)(magnitude > middle ? 1 - quotient : quotient) | sign);
   }
 };

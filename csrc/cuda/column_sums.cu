@@ -1,11 +1,12 @@
-// Sums over the rows of a matrix, for the gradients of biases: without atomics, in an order that depends on nothing but
-// the number of rows.
+// Sums over the rows of a matrix, for the gradients of biases: without atomics, in an order that
+// depends on nothing but the number of rows.
 #include "step.cuh"
 
 namespace rnn_ext::cuda {
 namespace {
 
-// A block sums kChunk rows of kColumns columns, each of kLines threads a column every kLines-th row of the chunk.
+// A block sums kChunk rows of kColumns columns, each of kLines threads a column every kLines-th row
+// of the chunk.
 constexpr int kChunk = 256, kColumns = 32, kLines = 8;
 
 struct ChunkSums {
@@ -16,7 +17,8 @@ struct ChunkSums {
 
 int64_t chunks(int64_t rows) { return rows > kChunk ? divided_up(rows, kChunk) : 1; }
 
-// Reads a matrix, writes a row of sums for each chunk of its rows. Parallel over chunks, columns and lines of a chunk.
+// Reads a matrix, writes a row of sums for each chunk of its rows. Parallel over chunks, columns
+// and lines of a chunk.
 template <class In, class Out>
 __global__ void __launch_bounds__(kColumns* kLines) sum_chunks_kernel(const ChunkSums p) {
   using R = Real<In>;

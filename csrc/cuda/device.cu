@@ -1,4 +1,5 @@
-// Questions to the CUDA runtime: is there a device, what are its limits, how many blocks does it hold.
+// Questions to the CUDA runtime: is there a device, what are its limits, how many blocks does it
+// hold.
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -64,7 +65,8 @@ DeviceLimits device_limits(int device) {
   limits.blocks_per_sm = attribute(cudaDevAttrMaxBlocksPerMultiprocessor);
   limits.l2_bytes = attribute(cudaDevAttrL2CacheSize);
   limits.cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
-  // The portable limit; whether 16 blocks fit depends on the kernel, and resident_blocks answers that.
+  // The portable limit; whether 16 blocks fit depends on the kernel, and resident_blocks answers
+  // that.
   limits.cluster_size = !attribute(cudaDevAttrClusterLaunch)      ? 1
                         : limits.major == 9 || limits.major == 10 ? 16
                                                                   : 8;

@@ -14,7 +14,7 @@ struct DeviceLimits {
   int threads_per_sm;
   int blocks_per_sm;
   int l2_bytes;
-  int cluster_size;  // most blocks in a cluster: 8 on every GPU with clusters, 16 on some, 1 without
+  int cluster_size;  // most blocks in a cluster: 8 on GPUs with clusters, 16 on some, 1 without
   bool cooperative;  // whether all blocks of a launch can be made resident together
 };
 

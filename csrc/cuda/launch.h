@@ -1,10 +1,12 @@
-// How kernels are started: checked, with a clear error, and never so that a grid could wait for blocks that are not
-// running. A launcher is then about ten lines:
+// How kernels are started: checked, with a clear error, and never so that a grid could wait for
+// blocks that are not running. A launcher is then about ten lines:
 //
 //   DeviceScope scope(device);
-//   launch("elman_step", elman_step_kernel<bf16>, {.blocks = dim3(n), .threads = 256, .stream = stream}, params);
+//   launch("elman_step", elman_step_kernel<bf16>,
+//          {.blocks = dim3(n), .threads = 256, .stream = stream}, params);
 //
-// Every function here throws std::runtime_error with a sentence that names the kernel and the reason.
+// Every function here throws std::runtime_error with a sentence that names the kernel and the
+// reason.
 #pragma once
 #include <cstddef>
 #include <stdexcept>
@@ -20,8 +22,8 @@ struct LaunchConfig {
   int threads;
   size_t shared_bytes = 0;
   int cluster = 1;  // blocks in a cluster, along x
-  bool cooperative =
-      false;  // the blocks wait for each other: all of them must be resident, or nothing is launched
+  // The blocks wait for each other: all of them must be resident, or nothing is launched.
+  bool cooperative = false;
   void* stream = nullptr;  // a cudaStream_t
 };
 
@@ -94,7 +96,8 @@ inline cudaLaunchConfig_t runtime_config(const LaunchConfig& config,
   return result;
 }
 
-// Allows a kernel what it must ask for, and returns how many of its blocks the current device can hold at once.
+// Allows a kernel what it must ask for, and returns how many of its blocks the current device can
+// hold at once.
 // Asked before every cooperative or cluster launch, and by plans that want to know beforehand.
 size_t resident_blocks(const char* name, const void* kernel, const LaunchConfig& config);
 

@@ -1,5 +1,6 @@
-// The functions of csrc/cells for CUDA: R is one number, and what CUDA's mathematical library rounds well is not
-// approximated further, since a step waits for memory. Compiled by nvcc and, for the emulator, by a host compiler.
+// The functions of csrc/cells for CUDA: R is one number, and what CUDA's mathematical library
+// rounds well is not approximated further, since a step waits for memory. Compiled by nvcc and, for
+// the emulator, by a host compiler.
 #pragma once
 #include <cmath>
 

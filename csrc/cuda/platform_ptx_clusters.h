@@ -1,5 +1,6 @@
-// The NVIDIA body of platform.h for what came with Hopper: clusters, and barriers in shared memory that count bytes.
-// Older architectures have none: there a block is a cluster of one, and what needs a peer traps.
+// The NVIDIA body of platform.h for what came with Hopper: clusters, and barriers in shared memory
+// that count bytes. Older architectures have none: there a block is a cluster of one, and what
+// needs a peer traps.
 #pragma once
 #include "platform_ptx.h"
 

@@ -1,4 +1,5 @@
-// The fused gate kernels of step-wise backpropagation: everything that happens between two matrix products.
+// The fused gate kernels of step-wise backpropagation: everything that happens between two matrix
+// products.
 #include "step.cuh"
 
 namespace rnn_ext::cuda {
@@ -150,10 +151,11 @@ RNN_EXT_DEVICE void leave_out(const StepBackward& p, int64_t row, int64_t unit) 
     store<S>(p.delta, (row * deltas + gate) * p.hidden + unit, 0);
 }
 
-// Phase 0. Reads the gradients of the results, the product of the next step's delta and what forward saved; writes
-// delta (a projected LSTM: dh), h' and what is left for the previous step (params.h). Parallel over rows and units.
+// Phase 0. Reads the gradients of the results, the product of the next step's delta and what
+// forward saved; writes delta (a projected LSTM: dh), h' and what is left for the previous step
+// (params.h). Parallel over rows and units.
 template <class S, class Cell>
-__global__ void __launch_bounds__(kTileThreads) backward_kernel(const StepBackward p) {
+__global__ void __launch_bounds__(kTileThreads, 1) backward_kernel(const StepBackward p) {
   using R = Real<S>;
   const int64_t units = p.output;
   const Place at = own_place(units);
@@ -176,9 +178,10 @@ __global__ void __launch_bounds__(kTileThreads) backward_kernel(const StepBackwa
   leave_out<S, Cell::deltas>(p, at.row, at.unit);
 }
 
-// Phase 1. Reads the second product and what forward saved, writes delta. Parallel over rows and units.
+// Phase 1. Reads the second product and what forward saved, writes delta. Parallel over rows and
+// units.
 template <class S, class Cell>
-__global__ void __launch_bounds__(kTileThreads) second_backward_kernel(const StepBackward p) {
+__global__ void __launch_bounds__(kTileThreads, 1) second_backward_kernel(const StepBackward p) {
   const Place at = own_place(p.hidden);
   if (at.row >= p.rows.count || at.unit >= p.hidden) return;
   if (takes_part(p.rows, at.row))

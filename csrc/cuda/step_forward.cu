@@ -1,4 +1,5 @@
-// The fused gate kernels of the step-wise forward pass: everything that happens between two matrix products.
+// The fused gate kernels of the step-wise forward pass: everything that happens between two matrix
+// products.
 #include "step.cuh"
 
 namespace rnn_ext::cuda {
@@ -23,7 +24,8 @@ struct Forward {
     return (row * gates + gate) * p.hidden + unit;
   }
 
-  // Both sides of a net input: W x + b_x of a gate, U h' + b_r of the same gate in one of `columns` columns of units.
+  // Both sides of a net input: W x + b_x of a gate, U h' + b_r of the same gate in one of `columns`
+  // columns of units.
   RNN_EXT_DEVICE R input_side(int gate, int gates) const {
     const R a = load<S>(p.gates, gate_at(gate, gates));
     return p.b_ih ? a + load<S>(p.b_ih, gate * p.hidden + unit) : a;
@@ -133,7 +135,7 @@ RNN_EXT_DEVICE void leave_out(const StepForward& p, int64_t state) {
 // Reads W x, the recurrent product and the state, writes the state, h and what is saved (params.h).
 // Parallel over rows and units.
 template <class S, class Cell, int phase>
-__global__ void __launch_bounds__(kTileThreads) forward_kernel(const StepForward p) {
+__global__ void __launch_bounds__(kTileThreads, 1) forward_kernel(const StepForward p) {
   const Place at = own_place(p.hidden);
   if (at.row >= p.rows.count || at.unit >= p.hidden) return;
   if (takes_part(p.rows, at.row))
@@ -144,7 +146,7 @@ __global__ void __launch_bounds__(kTileThreads) forward_kernel(const StepForward
 
 // Reads the projected product, writes h and the state. Parallel over rows and units.
 template <class S>
-__global__ void __launch_bounds__(kTileThreads) project_kernel(const StepProject p) {
+__global__ void __launch_bounds__(kTileThreads, 1) project_kernel(const StepProject p) {
   const Place at = own_place(p.output);
   if (at.row >= p.rows.count || at.unit >= p.output) return;
   const int64_t state = at.row * p.output + at.unit;

@@ -7,6 +7,7 @@
 #include "../cpu/scratch.h"
 #include "../cuda/device_limits.h"
 #include "cuda_layer.h"
+#include "cuda_numbers.h"
 
 #ifndef RNN_EXT_CUDA_ARCHS
 #define RNN_EXT_CUDA_ARCHS ""
@@ -25,38 +26,90 @@ auto without_gil(const Function& f) {
   return f();
 }
 
-py::tuple forward(std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih,
-                  Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
-                  OptionalTensor batch_sizes, bool reverse, bool save) {
-  const LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
-                       std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
-                       std::move(w_hr), std::move(batch_sizes), reverse};
-  const LayerOutputs out = without_gil([&] { return layer_forward(in, save); });
+// What rnn_ext.use_backend says of CUDA tensors.
+cuda::Path path_of(const std::string& backend) {
+  if (backend == "cuda-step") return cuda::Path::kStep;
+  return backend == "cuda-persistent" ? cuda::Path::kPersistent : cuda::Path::kAuto;
+}
+
+py::tuple results(LayerOutputs& out, bool save) {
   if (!save) return py::make_tuple(out.output, out.h_n, out.c_n);
   return py::make_tuple(out.output, out.h_n, out.c_n, out.saved.states, out.saved.cells,
                         out.saved.gates, out.saved.middle, out.saved.isa);
 }
 
-std::array<OptionalTensor, kLayerInputs> backward(
-    std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh,
-    OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor batch_sizes,
-    bool reverse, Tensor states, OptionalTensor cells, OptionalTensor gates, OptionalTensor middle,
-    std::string isa, OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n,
-    OptionalTensor d_cells, std::array<bool, kLayerInputs> wanted) {
+py::tuple forward(std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih,
+                  Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                  OptionalTensor batch_sizes, bool reverse, bool save, const std::string& backend) {
+  const LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
+                       std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
+                       std::move(w_hr), std::move(batch_sizes), reverse};
+  auto out = without_gil([&] { return layer_forward({&in, 1}, save, path_of(backend)); });
+  return results(out[0], save);
+}
+
+InputGradients backward(std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih,
+                        Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                        OptionalTensor batch_sizes, bool reverse, Tensor states,
+                        OptionalTensor cells, OptionalTensor gates, OptionalTensor middle,
+                        std::string isa, OptionalTensor d_output, OptionalTensor d_h_n,
+                        OptionalTensor d_c_n, OptionalTensor d_cells, Wanted wanted,
+                        const std::string& backend) {
   const LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
                        std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
                        std::move(w_hr), std::move(batch_sizes), reverse};
   const Saved saved{std::move(states), std::move(cells), std::move(gates), std::move(middle),
                     std::move(isa)};
-  return without_gil(
-      [&] { return layer_backward(in, saved, {d_output, d_h_n, d_c_n, d_cells}, wanted); });
+  const LayerGradients d{d_output, d_h_n, d_c_n, d_cells};
+  return without_gil([&] {
+    return layer_backward({&in, 1}, {&saved, 1}, {&d, 1}, {&wanted, 1}, path_of(backend));
+  })[0];
+}
+
+// h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr of one direction.
+using DirectionTensors = std::array<OptionalTensor, kLayerInputs - 1>;
+
+std::array<LayerInputs, 2> both_directions(const std::string& cell, const Tensor& input,
+                                           const std::array<DirectionTensors, 2>& tensors,
+                                           const OptionalTensor& batch_sizes) {
+  const auto inputs = [&](const DirectionTensors& t, bool reverse) {
+    return LayerInputs{cell, input, t[0].value(), t[1],        t[2].value(), t[3].value(),
+                       t[4], t[5],  t[6],         batch_sizes, reverse};
+  };
+  return {inputs(tensors[0], false), inputs(tensors[1], true)};
+}
+
+py::tuple forward_both(const std::string& cell, const Tensor& input,
+                       const std::array<DirectionTensors, 2>& tensors,
+                       const OptionalTensor& batch_sizes, bool save, const std::string& backend) {
+  const auto in = both_directions(cell, input, tensors, batch_sizes);
+  auto out = without_gil([&] { return layer_forward(in, save, path_of(backend)); });
+  return py::make_tuple(results(out[0], save), results(out[1], save));
+}
+
+std::vector<InputGradients> backward_both(
+    const std::string& cell, const Tensor& input, const std::array<DirectionTensors, 2>& tensors,
+    const OptionalTensor& batch_sizes, const std::array<std::array<OptionalTensor, 4>, 2>& kept,
+    const std::string& isa, const std::array<std::array<OptionalTensor, 4>, 2>& upstream,
+    const std::array<Wanted, 2>& wanted, const std::string& backend) {
+  const auto in = both_directions(cell, input, tensors, batch_sizes);
+  std::vector<Saved> saved;
+  std::vector<LayerGradients> d;
+  for (int i = 0; i < 2; i++) {
+    const auto& k = kept[i];
+    saved.push_back({k[0].value(), k[1], k[2], k[3], isa});
+    d.push_back({upstream[i][0], upstream[i][1], upstream[i][2], upstream[i][3]});
+  }
+  return without_gil([&] { return layer_backward(in, saved, d, wanted, path_of(backend)); });
 }
 
 py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps, long batch,
-                  long input, long hidden, long output) {
+                  long input, long hidden, long output, int directions) {
   const long real_bytes = dtype == "float64" ? 8 : 4;
-  const Plan plan = choose_plan({steps, batch, input, hidden, output, cell_gates(cell_kind(cell)),
-                                 real_bytes, at::get_num_threads()});
+  const auto [plan, side_by_side] =
+      choose_plan({steps, batch, input, hidden, output, cell_gates(cell_kind(cell)), real_bytes,
+                   at::get_num_threads()},
+                  directions);
   static const char* const splits[] = {"none", "rows", "columns"};
   py::dict d;
   d["kernel"] = "cpu";
@@ -66,6 +119,44 @@ py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps,
   d["packed"] = plan.pack;
   d["reason"] = plan.reason;
   return d;
+}
+
+// Which kernel runs each pass on a GPU with these limits, and why: (forward, backward).
+py::tuple plan_cuda(const std::string& cell, at::ScalarType dtype, long steps, long batch,
+                    long hidden, int directions, bool projected, const std::string& backend,
+                    const cuda::DeviceLimits& limits) {
+  const cuda::LayerShape shape{cell_kind(cell), numbers_of(dtype), steps,    batch,
+                               hidden,          directions,        projected};
+  const auto pass = [&](cuda::Pass which) {
+    const cuda::CudaPlan plan = cuda::choose(shape, which, limits, path_of(backend));
+    return py::make_tuple(plan.kernel(), plan.reason);
+  };
+  return py::make_tuple(pass(cuda::Pass::kForward), pass(cuda::Pass::kBackward));
+}
+
+void define_device_limits(py::module_& m) {
+  using cuda::DeviceLimits;
+  py::class_<DeviceLimits>(m, "CudaDeviceLimits", py::module_local())
+      .def(py::init<>())
+      .def_readwrite("major", &DeviceLimits::major)
+      .def_readwrite("minor", &DeviceLimits::minor)
+      .def_readwrite("sm_count", &DeviceLimits::sm_count)
+      .def_readwrite("registers_per_sm", &DeviceLimits::registers_per_sm)
+      .def_readwrite("shared_per_sm", &DeviceLimits::shared_per_sm)
+      .def_readwrite("shared_per_block", &DeviceLimits::shared_per_block)
+      .def_readwrite("shared_reserved", &DeviceLimits::shared_reserved)
+      .def_readwrite("threads_per_sm", &DeviceLimits::threads_per_sm)
+      .def_readwrite("blocks_per_sm", &DeviceLimits::blocks_per_sm)
+      .def_readwrite("l2_bytes", &DeviceLimits::l2_bytes)
+      .def_readwrite("cluster_size", &DeviceLimits::cluster_size)
+      .def_readwrite("cooperative", &DeviceLimits::cooperative);
+}
+
+cuda::DeviceLimits cuda_device_limits([[maybe_unused]] int device) {
+  if constexpr (kHasCudaKernels)
+    return cuda::device_limits(device);
+  else
+    throw std::runtime_error("rnn_ext: this build has no CUDA kernels");
 }
 
 // Why no CUDA kernel can run here, or "".
@@ -88,6 +179,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("layer_forward", &forward);
   m.def("layer_backward", &backward);
+  m.def("both_forward", &forward_both);
+  m.def("both_backward", &backward_both);
   m.def("gates_width", [](const std::string& cell, long hidden, size_t real_bytes) {
     return active_kernels().gates_width(cell_kind(cell), hidden, real_bytes);
   });
@@ -98,5 +191,8 @@ PYBIND11_MODULE(_C, m) {
   // As in TORCH_CUDA_ARCH_LIST, "" without CUDA kernels.
   m.attr("cuda_architectures") = RNN_EXT_CUDA_ARCHS;
   m.def("cuda_unavailable", &cuda_unavailable);
+  define_device_limits(m);
+  m.def("cuda_device_limits", &cuda_device_limits);
+  m.def("plan_cuda", &plan_cuda);
   m.def("poison_scratch", &Scratch::poison);
 }

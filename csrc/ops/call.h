@@ -18,7 +18,6 @@ struct Call {
 
   Steps time(bool reverse) const { return {steps, batch, offsets.data(), reverse}; }
   at::TensorOptions options() const { return at::TensorOptions().dtype(compute); }
-  Plan plan() const;  // of the CPU kernels
   std::vector<int64_t> laid_out(long features) const {
     return packed ? std::vector<int64_t>{rows, features}
                   : std::vector<int64_t>{steps, batch, features};
@@ -26,5 +25,7 @@ struct Call {
 };
 
 Call check_call(const LayerInputs& in);
+// The same for both directions of a layer.
+Call check_call(std::span<const LayerInputs> directions);
 
 }  // namespace rnn_ext

@@ -1,6 +1,7 @@
-// One layer, one direction, on the tensors of a CUDA device: allocation, matrix products and the order of the kernels
-// of csrc/cuda. The tests' emulated build runs the same on CPU tensors.
+// One layer, one direction, on the tensors of a CUDA device: allocation, matrix products and the
+// order of the kernels of csrc/cuda. The tests' emulated build runs the same on CPU tensors.
 #pragma once
+#include "../cuda/plan.h"
 #include "call.h"
 
 namespace rnn_ext {
@@ -22,20 +23,27 @@ inline bool on_cuda(const at::Tensor& t) {
 
 // Rows that end early or start afresh, both on the device of the input.
 struct RowPredicates {
-  OptionalTensor
-      lengths;  // int64 [B]: sequence b takes part in steps t < lengths[b]; its outputs are 0 after that
-  OptionalTensor
-      resets;  // bool, laid out like input's rows: the state carried into the row's step is zeroed
+  // int64 [B]: sequence b takes part in steps t < lengths[b]; its outputs are 0 after that.
+  OptionalTensor lengths;
+  // bool, laid out like input's rows: the state carried into the row's step is zeroed.
+  OptionalTensor resets;
 };
 
-constexpr const char* kCudaStep = "cuda-step";
+constexpr const char* kCuda = "cuda";
 
-// Saved: states is the output; cells are in the compute dtype; gates [N, G*H] in the input's dtype holds the net
-// inputs, in torch's order (none for Elman cells), middle [N, H] as csrc/cuda/params.h says. isa is "cuda-step".
-LayerOutputs cuda_layer_forward(const Call& call, const LayerInputs& in,
-                                const RowPredicates& predicates, bool save);
-std::array<OptionalTensor, kLayerInputs> cuda_layer_backward(
-    const Call& call, const LayerInputs& in, const RowPredicates& predicates, const Saved& saved,
-    const LayerGradients& d, const std::array<bool, kLayerInputs>& wanted);
+// Saved: states is the output; cells are in the compute dtype; gates [N, G*H] in the input's dtype
+// holds the net inputs, in torch's order (none for Elman cells), middle [N, H] as
+// csrc/cuda/params.h says. isa is "cuda": what either path saves, either may read. Two directions
+// are one launch where the kernel is persistent.
+std::vector<LayerOutputs> cuda_layer_forward(const Call& call,
+                                             std::span<const LayerInputs> directions,
+                                             const RowPredicates& predicates, bool save,
+                                             cuda::Path path);
+std::vector<InputGradients> cuda_layer_backward(const Call& call,
+                                                std::span<const LayerInputs> directions,
+                                                const RowPredicates& predicates,
+                                                std::span<const Saved> saved,
+                                                std::span<const LayerGradients> d,
+                                                std::span<const Wanted> wanted, cuda::Path path);
 
 }  // namespace rnn_ext

@@ -1,6 +1,9 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
 
+#include <deque>
+
+#include "cuda_persistent.h"
 #include "cuda_step.h"
 
 namespace rnn_ext {
@@ -67,100 +70,152 @@ OptionalTensor contiguous(const OptionalTensor& t) {
   return t && t->defined() ? OptionalTensor(t->contiguous()) : std::nullopt;
 }
 
+// One direction: what it allocates, then either the tensors of a persistent kernel or the loop.
+class BackwardPass {
+ public:
+  BackwardPass(const Call& call, const LayerInputs& in, const RowPredicates& predicates,
+               const Saved& saved, const LayerGradients& d, const Wanted& wanted,
+               const cuda::Stream& stream)
+      : call_(call),
+        in_(in),
+        saved_(saved),
+        wanted_(wanted),
+        stream_(stream),
+        l_(call, in, predicates),
+        delta_(at::empty({call.rows, (l_.gru ? 4 : call.gates) * l_.hidden}, l_.stored)),
+        carry_(state_gradient(d.d_h_n, {call.batch, l_.output}, l_.wide)),
+        h0_(in.h0.contiguous()),
+        d_output_(contiguous(d.d_output)),
+        d_cells_(contiguous(d.d_cells)),
+        products_(l_, delta_, stream) {
+    if (l_.lstm) {
+      c0_ = in.c0->to(call.compute).contiguous();
+      dc_ = state_gradient(d.d_c_n, {call.batch, l_.hidden}, l_.wide);
+    }
+    if (l_.projected) dh_ = at::empty({call.rows, l_.output}, l_.stored);
+    if (wanted[4]) previous_ = at::empty({call.rows, l_.output}, l_.stored);
+  }
+
+  BackwardLoop persistent_loop() const {
+    return {&in_,   saved_.gates, saved_.middle, saved_.cells, l_.as_rows(saved_.states),
+            c0_,    d_output_,    d_cells_,      carry_,       dc_,
+            delta_, previous_};
+  }
+
+  void run_steps() {
+    const Tensor product = at::empty({call_.batch, l_.output}, l_.wide),
+                 second_product = at::empty({call_.batch, l_.hidden}, l_.wide);
+    const Tensor hidden_side = products_.hidden_side();
+    Tensor w_hh = in_.w_hh, second_operand, second_weights;
+    if (l_.gru)
+      w_hh = at::cat({w_hh.narrow(0, 2 * l_.hidden, l_.hidden), w_hh.narrow(0, 0, 2 * l_.hidden)});
+    if (l_.reset_before) {
+      w_hh = in_.w_hh.narrow(0, 0, 2 * l_.hidden);
+      second_weights = in_.w_hh.narrow(0, 2 * l_.hidden, l_.hidden);
+      second_operand = delta_.narrow(1, 2 * l_.hidden, l_.hidden);
+    } else if (l_.projected) {
+      second_weights = *in_.w_hr;
+      second_operand = *dh_;
+    }
+
+    cuda::StepBackward p{};
+    p.hidden = l_.hidden;
+    p.output = l_.output;
+    p.product = product.const_data_ptr();
+    p.second_product = second_product.const_data_ptr();
+    p.h0 = h0_.const_data_ptr();
+    p.c0 = RowPointer(c0_)[0];
+    p.carry = carry_.mutable_data_ptr();
+    p.dc = RowPointer(dc_)[0];
+    const RowPointer gate_rows(saved_.gates), middle_rows(saved_.middle), state_rows(saved_.states),
+        cell_rows(saved_.cells);
+    const RowPointer d_output_rows(d_output_), d_cells_rows(d_cells_), delta_rows(delta_),
+        dh_rows(dh_), previous_rows(previous_);
+    for (long i = l_.time.count - 1; call_.rows && i >= 0; i--) {
+      const long t = l_.time.at(i), at = l_.time.begin(t), rows = l_.time.rows(t),
+                 before = l_.time.previous(t);
+      const long before_at = l_.time.exists(before) ? l_.time.begin(before) : 0;
+      p.next = p.rows;  // none at first
+      p.rows = l_.rows(t, rows);
+      p.previous_step = before;
+      p.previous_count = l_.time.carried(t);
+      p.gates = gate_rows[at];
+      p.middle = middle_rows[at];
+      p.h = state_rows[at];
+      p.cells = cell_rows[at];
+      p.h_before = state_rows[before_at];
+      p.cells_before = cell_rows[before_at];
+      p.d_h = d_output_rows[at];
+      p.d_cells = d_cells_rows[at];
+      p.delta = delta_rows[at];
+      p.dh = dh_rows[at];
+      p.previous = previous_rows[at];
+      cuda::step_backward(call_.kind, l_.storage, 0, p, stream_);
+      if (second_weights.defined()) {
+        multiply(first_rows(second_product, rows), second_operand.narrow(0, at, rows),
+                 second_weights);
+        cuda::step_backward(call_.kind, l_.storage, 1, p, stream_);
+      }
+      multiply(first_rows(product, rows), hidden_side.narrow(0, at, rows), w_hh);
+    }
+    p.next = p.rows;
+    p.rows.count = 0;
+    if (call_.rows) cuda::step_backward(call_.kind, l_.storage, 0, p, stream_);
+  }
+
+  InputGradients gradients() const {
+    InputGradients out;
+    if (wanted_[0]) out[0] = products_.input();
+    if (wanted_[1]) out[1] = carry_.to(call_.dtype);
+    if (wanted_[2] && l_.lstm) out[2] = dc_->to(call_.dtype);
+    if (wanted_[3]) out[3] = products_.w_ih();
+    if (wanted_[4]) out[4] = products_.w_hh(*previous_, saved_.middle);
+    if ((wanted_[5] || wanted_[6]) && in_.b_ih) {
+      const Tensor sums = products_.bias_sums();
+      if (wanted_[5]) out[5] = products_.b_ih(sums);
+      if (wanted_[6]) out[6] = products_.b_hh(sums);
+    }
+    if (wanted_[7] && l_.projected) out[7] = at::mm(dh_->t(), *saved_.middle);
+    return out;
+  }
+
+ private:
+  const Call& call_;
+  const LayerInputs& in_;
+  const Saved& saved_;
+  const Wanted& wanted_;
+  const cuda::Stream& stream_;
+  const StepLayer l_;
+  const Tensor delta_, carry_, h0_;
+  const OptionalTensor d_output_, d_cells_;
+  const ParameterGradients products_;
+  OptionalTensor c0_, dc_, dh_, previous_;
+};
+
 }  // namespace
 
-std::array<OptionalTensor, kLayerInputs> cuda_layer_backward(
-    const Call& call, const LayerInputs& in, const RowPredicates& predicates, const Saved& saved,
-    const LayerGradients& d, const std::array<bool, kLayerInputs>& wanted) {
-  TORCH_CHECK(saved.isa == kCudaStep, "rnn_ext: what '", saved.isa,
-              "' saved is not for the CUDA kernels");
-  const DeviceScope scope(in.input);
-  const StepLayer l(call, in, predicates);
-  const long batch = call.batch, deltas = l.gru ? 4 : call.gates;
-  const Tensor delta = at::empty({call.rows, deltas * l.hidden}, l.stored);
-  const Tensor carry = state_gradient(d.d_h_n, {batch, l.output}, l.wide);
-  const Tensor product = at::empty({batch, l.output}, l.wide),
-               second_product = at::empty({batch, l.hidden}, l.wide);
-  const Tensor h0 = in.h0.contiguous();
-  const OptionalTensor d_output = contiguous(d.d_output), d_cells = contiguous(d.d_cells);
-  OptionalTensor c0, dc, dh, previous;
-  if (l.lstm) {
-    c0 = in.c0->to(call.compute).contiguous();
-    dc = state_gradient(d.d_c_n, {batch, l.hidden}, l.wide);
+std::vector<InputGradients> cuda_layer_backward(const Call& call,
+                                                std::span<const LayerInputs> directions,
+                                                const RowPredicates& predicates,
+                                                std::span<const Saved> saved,
+                                                std::span<const LayerGradients> d,
+                                                std::span<const Wanted> wanted, cuda::Path path) {
+  for (const Saved& s : saved)
+    TORCH_CHECK(s.isa == kCuda, "rnn_ext: what '", s.isa, "' saved is not for the CUDA kernels");
+  const DeviceScope scope(directions[0].input);
+  const cuda::CudaPlan plan = cuda_plan(call, directions, cuda::Pass::kBackward, path);
+  std::deque<BackwardPass> passes;  // which refer to themselves
+  for (size_t i = 0; i < directions.size(); i++)
+    passes.emplace_back(call, directions[i], predicates, saved[i], d[i], wanted[i], scope.stream());
+  if (plan.persistent && call.rows) {
+    std::vector<BackwardLoop> loops;
+    for (const BackwardPass& pass : passes) loops.push_back(pass.persistent_loop());
+    run_persistent(plan, call, predicates, loops, scope.stream());
+  } else {
+    for (BackwardPass& pass : passes) pass.run_steps();
   }
-  if (l.projected) dh = at::empty({call.rows, l.output}, l.stored);
-  if (wanted[4]) previous = at::empty({call.rows, l.output}, l.stored);
-
-  const ParameterGradients gradients(l, delta, scope.stream());
-  const Tensor hidden_side = gradients.hidden_side();
-  Tensor w_hh = in.w_hh, second_operand, second_weights;
-  if (l.gru)
-    w_hh = at::cat({w_hh.narrow(0, 2 * l.hidden, l.hidden), w_hh.narrow(0, 0, 2 * l.hidden)});
-  if (l.reset_before) {
-    w_hh = in.w_hh.narrow(0, 0, 2 * l.hidden);
-    second_weights = in.w_hh.narrow(0, 2 * l.hidden, l.hidden);
-    second_operand = delta.narrow(1, 2 * l.hidden, l.hidden);
-  } else if (l.projected) {
-    second_weights = *in.w_hr;
-    second_operand = *dh;
-  }
-
-  cuda::StepBackward p{};
-  p.hidden = l.hidden;
-  p.output = l.output;
-  p.product = product.const_data_ptr();
-  p.second_product = second_product.const_data_ptr();
-  p.h0 = h0.const_data_ptr();
-  p.c0 = RowPointer(c0)[0];
-  p.carry = carry.mutable_data_ptr();
-  p.dc = RowPointer(dc)[0];
-  const RowPointer gate_rows(saved.gates), middle_rows(saved.middle), state_rows(saved.states),
-      cell_rows(saved.cells);
-  const RowPointer d_output_rows(d_output), d_cells_rows(d_cells), delta_rows(delta), dh_rows(dh);
-  const RowPointer previous_rows(previous);
-  for (long i = l.time.count - 1; call.rows && i >= 0; i--) {
-    const long t = l.time.at(i), at = l.time.begin(t), rows = l.time.rows(t),
-               before = l.time.previous(t);
-    const long before_at = l.time.exists(before) ? l.time.begin(before) : 0;
-    p.next = p.rows;  // none at first
-    p.rows = l.rows(t, rows);
-    p.previous_step = before;
-    p.previous_count = l.time.carried(t);
-    p.gates = gate_rows[at];
-    p.middle = middle_rows[at];
-    p.h = state_rows[at];
-    p.cells = cell_rows[at];
-    p.h_before = state_rows[before_at];
-    p.cells_before = cell_rows[before_at];
-    p.d_h = d_output_rows[at];
-    p.d_cells = d_cells_rows[at];
-    p.delta = delta_rows[at];
-    p.dh = dh_rows[at];
-    p.previous = previous_rows[at];
-    cuda::step_backward(call.kind, l.storage, 0, p, scope.stream());
-    if (second_weights.defined()) {
-      multiply(first_rows(second_product, rows), second_operand.narrow(0, at, rows),
-               second_weights);
-      cuda::step_backward(call.kind, l.storage, 1, p, scope.stream());
-    }
-    multiply(first_rows(product, rows), hidden_side.narrow(0, at, rows), w_hh);
-  }
-  p.next = p.rows;
-  p.rows.count = 0;
-  if (call.rows) cuda::step_backward(call.kind, l.storage, 0, p, scope.stream());
-
-  std::array<OptionalTensor, kLayerInputs> out;
-  if (wanted[0]) out[0] = gradients.input();
-  if (wanted[1]) out[1] = carry.to(call.dtype);
-  if (wanted[2] && l.lstm) out[2] = dc->to(call.dtype);
-  if (wanted[3]) out[3] = gradients.w_ih();
-  if (wanted[4]) out[4] = gradients.w_hh(*previous, saved.middle);
-  if ((wanted[5] || wanted[6]) && in.b_ih) {
-    const Tensor sums = gradients.bias_sums();
-    if (wanted[5]) out[5] = gradients.b_ih(sums);
-    if (wanted[6]) out[6] = gradients.b_hh(sums);
-  }
-  if (wanted[7] && l.projected) out[7] = at::mm(dh->t(), *saved.middle);
+  std::vector<InputGradients> out;
+  for (const BackwardPass& pass : passes) out.push_back(pass.gradients());
   return out;
 }
 

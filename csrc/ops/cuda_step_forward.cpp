@@ -1,6 +1,9 @@
+#include <ATen/ops/empty_like.h>
+
 #include <algorithm>
 #include <limits>
 
+#include "cuda_persistent.h"
 #include "cuda_step.h"
 
 namespace rnn_ext {
@@ -8,15 +11,16 @@ namespace {
 
 using at::Tensor;
 
-// Without gradients the input is projected for so many bytes of gates at a time; in the tests' emulated build for so few
-// that small shapes take several.
+// Without gradients the input is projected for so many bytes of gates at a time; in the tests'
+// emulated build for so few that small shapes take several.
 #ifdef RNN_EXT_EMULATED
 constexpr long kProjectionBytes = 4 << 10;
 #else
 constexpr long kProjectionBytes = 32 << 20;
 #endif
 
-// The steps that one projection of the input covers, and the rows of those: [first, first + rows) of the input.
+// The steps that one projection of the input covers, and the rows of those: [first, first + rows)
+// of the input.
 struct Span {
   long steps, first, rows;
 };
@@ -31,85 +35,135 @@ Span span_from(const Steps& time, long i, long most_rows) {
   return span;
 }
 
-}  // namespace
-
-LayerOutputs cuda_layer_forward(const Call& call, const LayerInputs& in,
-                                const RowPredicates& predicates, bool save) {
-  const DeviceScope scope(in.input);
-  const StepLayer l(call, in, predicates);
-  const long width = call.gates * l.hidden, batch = call.batch;
-  const bool has_middle = l.reset_before || l.projected || (l.gru && save);
-  const long row_bytes = std::max<long>(1, width * c10::elementSize(call.dtype));
-  const long most_rows = save || l.elman ? std::numeric_limits<long>::max()
-                                         : std::max(batch, kProjectionBytes / row_bytes);
-
-  LayerOutputs out;
-  out.output = at::empty(call.laid_out(l.output), l.stored);
-  const Tensor states = l.as_rows(out.output), x = l.as_rows(in.input);
-  // An Elman cell's net input lies where its output will.
-  const Tensor gates =
-      l.elman ? states : at::empty({std::min(call.rows, most_rows), width}, l.stored);
-  const Tensor h_state = fresh(in.h0, l.stored);
-  OptionalTensor h_wide, c_state, middle;
-  if (l.call.gates == 3 && call.dtype != call.compute) h_wide = fresh(in.h0, l.wide);
-  if (l.lstm) c_state = fresh(*in.c0, l.wide);
-  if (l.lstm && save) out.saved.cells = at::empty(call.laid_out(l.hidden), l.wide);
-  if (has_middle) middle = at::empty({save ? call.rows : batch, l.hidden}, l.stored);
-  const Tensor product = at::empty({batch, l.reset_before ? 2 * l.hidden : width}, l.wide);
-  const Tensor second_product = at::empty({batch, l.projected ? l.output : l.hidden}, l.wide);
-  const Tensor w_ih = in.w_ih.t();
-  const Tensor w_hh = (l.reset_before ? in.w_hh.narrow(0, 0, 2 * l.hidden) : in.w_hh).t();
-  const Tensor second_weights = l.projected      ? in.w_hr->t()
-                                : l.reset_before ? in.w_hh.narrow(0, 2 * l.hidden, l.hidden).t()
-                                                 : Tensor();
-
-  cuda::StepForward p{};
-  p.hidden = l.hidden;
-  const Tensor b_ih = in.b_ih ? in.b_ih->contiguous() : Tensor(),
-               b_hh = in.b_hh ? in.b_hh->contiguous() : Tensor();
-  if (in.b_ih) p.b_ih = b_ih.const_data_ptr();
-  if (in.b_hh) p.b_hh = b_hh.const_data_ptr();
-  p.product = product.const_data_ptr();
-  p.second_product = second_product.const_data_ptr();
-  p.h_state = h_state.mutable_data_ptr();
-  p.h_wide = RowPointer(h_wide)[0];
-  p.c_state = RowPointer(c_state)[0];
-  p.save = save;
-  const RowPointer gate_rows(gates), state_rows(states), cell_rows(out.saved.cells),
-      middle_rows(middle);
-
-  Span span{0, 0, 0};
-  for (long i = 0, left = 0; call.rows && i < l.time.count; i++, left--) {
-    if (left == 0) {
-      span = span_from(l.time, i, most_rows);
-      left = span.steps;
-      multiply(first_rows(gates, span.rows), x.narrow(0, span.first, span.rows), w_ih);
-    }
-    const long t = l.time.at(i), at = l.time.begin(t), rows = l.time.rows(t);
-    p.rows = l.rows(t, rows);
-    p.gates = gate_rows[at - span.first];
-    p.middle = middle_rows[save ? at : 0];
-    p.h = l.projected ? nullptr : state_rows[at];
-    p.cells = cell_rows[at];
-    multiply(first_rows(product, rows), first_rows(h_state, rows), w_hh);
-    cuda::step_forward(call.kind, l.storage, 0, p, scope.stream());
-    if (!second_weights.defined()) continue;
-    multiply(first_rows(second_product, rows), middle->narrow(0, save ? at : 0, rows),
-             second_weights);
-    if (l.reset_before)
-      cuda::step_forward(call.kind, l.storage, 1, p, scope.stream());
-    else
-      cuda::step_project(l.storage, {p.rows, l.output, p.second_product, state_rows[at], p.h_state},
-                         scope.stream());
+// One direction: what it allocates, then either the tensors of a persistent kernel or the loop.
+class ForwardPass {
+ public:
+  ForwardPass(const Call& call, const LayerInputs& in, const RowPredicates& predicates, bool save,
+              bool persistent)
+      : call_(call), in_(in), l_(call, in, predicates), save_(save) {
+    const long width = call.gates * l_.hidden, batch = call.batch;
+    const long row_bytes = std::max<long>(1, width * c10::elementSize(call.dtype));
+    most_rows_ = persistent || save || l_.elman ? std::numeric_limits<long>::max()
+                                                : std::max(batch, kProjectionBytes / row_bytes);
+    out_.output = at::empty(call.laid_out(l_.output), l_.stored);
+    states_ = l_.as_rows(out_.output);
+    // An Elman cell's net input lies where its output will.
+    gates_ = l_.elman ? states_ : at::empty({std::min(call.rows, most_rows_), width}, l_.stored);
+    if (l_.lstm) c_state_ = fresh(*in.c0, l_.wide);
+    if (l_.lstm && save) out_.saved.cells = at::empty(call.laid_out(l_.hidden), l_.wide);
+    if (l_.reset_before || l_.projected || (l_.gru && save))
+      middle_ = at::empty({save ? call.rows : batch, l_.hidden}, l_.stored);
+    h_state_ = persistent ? at::empty(in.h0.sizes(), l_.stored) : fresh(in.h0, l_.stored);
   }
 
-  out.h_n = h_state;
-  if (l.lstm) out.c_n = c_state->to(call.dtype);
-  if (!save) return out;
-  out.saved.states = out.output;
-  if (!l.elman) out.saved.gates = gates;
-  out.saved.middle = middle;
-  out.saved.isa = kCudaStep;
+  // Projects the input; the kernel does the rest.
+  ForwardLoop persistent_loop() {
+    multiply(gates_, l_.as_rows(in_.input), in_.w_ih.t());
+    const OptionalTensor c0 = c_state_;
+    if (l_.lstm) c_state_ = at::empty_like(*c0);
+    return {&in_, gates_, states_, h_state_, c0, c_state_, out_.saved.cells, middle_, save_};
+  }
+
+  void run_steps(const cuda::Stream& stream) {
+    const long width = call_.gates * l_.hidden, batch = call_.batch;
+    OptionalTensor h_wide;
+    if (call_.gates == 3 && call_.dtype != call_.compute) h_wide = fresh(in_.h0, l_.wide);
+    const Tensor x = l_.as_rows(in_.input);
+    const Tensor product = at::empty({batch, l_.reset_before ? 2 * l_.hidden : width}, l_.wide);
+    const Tensor second_product = at::empty({batch, l_.projected ? l_.output : l_.hidden}, l_.wide);
+    const Tensor w_ih = in_.w_ih.t();
+    const Tensor w_hh = (l_.reset_before ? in_.w_hh.narrow(0, 0, 2 * l_.hidden) : in_.w_hh).t();
+    const Tensor second_weights = l_.projected ? in_.w_hr->t()
+                                  : l_.reset_before
+                                      ? in_.w_hh.narrow(0, 2 * l_.hidden, l_.hidden).t()
+                                      : Tensor();
+
+    cuda::StepForward p{};
+    p.hidden = l_.hidden;
+    const Tensor b_ih = in_.b_ih ? in_.b_ih->contiguous() : Tensor(),
+                 b_hh = in_.b_hh ? in_.b_hh->contiguous() : Tensor();
+    if (in_.b_ih) p.b_ih = b_ih.const_data_ptr();
+    if (in_.b_hh) p.b_hh = b_hh.const_data_ptr();
+    p.product = product.const_data_ptr();
+    p.second_product = second_product.const_data_ptr();
+    p.h_state = h_state_.mutable_data_ptr();
+    p.h_wide = RowPointer(h_wide)[0];
+    p.c_state = RowPointer(c_state_)[0];
+    p.save = save_;
+    const RowPointer gate_rows(gates_), state_rows(states_), cell_rows(out_.saved.cells),
+        middle_rows(middle_);
+
+    Span span{0, 0, 0};
+    for (long i = 0, left = 0; call_.rows && i < l_.time.count; i++, left--) {
+      if (left == 0) {
+        span = span_from(l_.time, i, most_rows_);
+        left = span.steps;
+        multiply(first_rows(gates_, span.rows), x.narrow(0, span.first, span.rows), w_ih);
+      }
+      const long t = l_.time.at(i), at = l_.time.begin(t), rows = l_.time.rows(t);
+      p.rows = l_.rows(t, rows);
+      p.gates = gate_rows[at - span.first];
+      p.middle = middle_rows[save_ ? at : 0];
+      p.h = l_.projected ? nullptr : state_rows[at];
+      p.cells = cell_rows[at];
+      multiply(first_rows(product, rows), first_rows(h_state_, rows), w_hh);
+      cuda::step_forward(call_.kind, l_.storage, 0, p, stream);
+      if (!second_weights.defined()) continue;
+      multiply(first_rows(second_product, rows), middle_->narrow(0, save_ ? at : 0, rows),
+               second_weights);
+      if (l_.reset_before)
+        cuda::step_forward(call_.kind, l_.storage, 1, p, stream);
+      else
+        cuda::step_project(
+            l_.storage, {p.rows, l_.output, p.second_product, state_rows[at], p.h_state}, stream);
+    }
+  }
+
+  LayerOutputs outputs() {
+    out_.h_n = h_state_;
+    if (l_.lstm) out_.c_n = c_state_->to(call_.dtype);
+    if (save_) {
+      out_.saved.states = out_.output;
+      if (!l_.elman) out_.saved.gates = gates_;
+      out_.saved.middle = middle_;
+      out_.saved.isa = kCuda;
+    }
+    return std::move(out_);
+  }
+
+ private:
+  const Call& call_;
+  const LayerInputs& in_;
+  const StepLayer l_;
+  const bool save_;
+  long most_rows_;
+  LayerOutputs out_;
+  Tensor states_, gates_, h_state_;
+  OptionalTensor c_state_, middle_;
+};
+
+}  // namespace
+
+std::vector<LayerOutputs> cuda_layer_forward(const Call& call,
+                                             std::span<const LayerInputs> directions,
+                                             const RowPredicates& predicates, bool save,
+                                             cuda::Path path) {
+  const DeviceScope scope(directions[0].input);
+  const cuda::CudaPlan plan = cuda_plan(call, directions, cuda::Pass::kForward, path);
+  const bool persistent = plan.persistent && call.rows;
+  std::vector<ForwardPass> passes;
+  passes.reserve(directions.size());
+  for (const LayerInputs& in : directions)
+    passes.emplace_back(call, in, predicates, save, persistent);
+  if (persistent) {
+    std::vector<ForwardLoop> loops;
+    for (ForwardPass& pass : passes) loops.push_back(pass.persistent_loop());
+    run_persistent(plan, call, predicates, loops, scope.stream());
+  } else {
+    for (ForwardPass& pass : passes) pass.run_steps(scope.stream());
+  }
+  std::vector<LayerOutputs> out;
+  for (ForwardPass& pass : passes) out.push_back(pass.outputs());
   return out;
 }
 

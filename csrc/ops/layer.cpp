@@ -1,13 +1,6 @@
 #include "layer.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
-#include <cstring>
-#include <vector>
-
-#include "../cpu/dispatch.h"
+#include "cpu_layer.h"
 #include "cuda_layer.h"
 
 namespace rnn_ext {
@@ -63,12 +56,6 @@ void check_device(const LayerInputs& in) {
 
 }  // namespace
 
-Plan Call::plan() const {
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return choose_plan({steps, batch, sizes.input, sizes.hidden, sizes.output, gates,
-                      long(c10::elementSize(compute)), threads});
-}
-
 Call check_call(const LayerInputs& in) {
   check_device(in);
   Call call;
@@ -111,153 +98,18 @@ Call check_call(const LayerInputs& in) {
   return call;
 }
 
-namespace {
-
-// Contiguous tensors of the compute dtype; keeps them alive while the kernel reads them.
-template <class real>
-class Operands {
- public:
-  const real* read(const Tensor& t) {
-    held_.push_back(t.to(c10::CppTypeToScalarType<real>::value).contiguous());
-    return held_.back().template const_data_ptr<real>();
+Call check_call(std::span<const LayerInputs> directions) {
+  const Call call = check_call(directions[0]);
+  for (const LayerInputs& in : directions.subspan(1)) {
+    const Call other = check_call(in);
+    TORCH_CHECK(other.kind == call.kind && other.rows == call.rows && other.dtype == call.dtype &&
+                    other.batch == call.batch && other.sizes.hidden == call.sizes.hidden &&
+                    other.sizes.output == call.sizes.output &&
+                    in.b_ih.has_value() == directions[0].b_ih.has_value(),
+                "rnn_ext: both directions must have the same sizes and dtype");
   }
-  const real* read(const OptionalTensor& t) { return t && t->defined() ? read(*t) : nullptr; }
-  Weights<real> weights(const LayerInputs& in) {
-    return {read(in.w_ih), read(in.w_hh), read(in.b_ih), read(in.b_hh), read(in.w_hr)};
-  }
-
- private:
-  std::vector<Tensor> held_;
-};
-
-template <class real>
-real* writable(const OptionalTensor& t) {
-  return t ? t->mutable_data_ptr<real>() : nullptr;
+  return call;
 }
-
-// The state of every sequence after its last step.
-template <class real>
-Tensor last_states(const Tensor& all, const Steps& time, long features) {
-  Tensor last = at::empty({time.batch, features}, all.options());
-  const real* from = all.const_data_ptr<real>();
-  real* to = last.mutable_data_ptr<real>();
-  for (long t = 0; t < time.count; t++) {
-    const long first = time.continuing(t), ending = time.rows(t) - first;
-    if (ending > 0)
-      std::memcpy(to + first * features, from + (time.begin(t) + first) * features,
-                  ending * features * sizeof(real));
-  }
-  return last;
-}
-
-template <class real>
-LayerOutputs forward(const Call& call, const LayerInputs& in, bool save) {
-  const Kernels& kernels = active_kernels();
-  const Sizes& s = call.sizes;
-  const bool lstm = call.kind == CellKind::kLstm;
-  LayerOutputs out;
-  out.saved.isa = kernels.name;
-  Tensor states = at::empty(call.laid_out(s.output), call.options());
-  if (lstm && save) out.saved.cells = at::empty(call.laid_out(s.hidden), call.options());
-  if (lstm && !save) out.c_n = in.c0->to(call.compute, false, /*copy=*/true).contiguous();
-  if (save) {
-    const long width = kernels.gates_width(call.kind, s.hidden, sizeof(real));
-    if (width) out.saved.gates = at::empty({call.rows, width}, call.options());
-    if (call.kind == CellKind::kGru || call.kind == CellKind::kGruResetBefore || in.w_hr)
-      out.saved.middle = at::empty({call.rows, s.hidden}, call.options());
-  }
-
-  Operands<real> operands;
-  ForwardArgs<real> args{};
-  args.steps = call.time(in.reverse);
-  args.sizes = s;
-  args.weights = operands.weights(in);
-  args.x = operands.read(in.input);
-  args.h0 = operands.read(in.h0);
-  args.c0 = operands.read(in.c0);
-  args.out = states.mutable_data_ptr<real>();
-  args.c = writable<real>(save ? out.saved.cells : out.c_n);
-  args.gates = writable<real>(out.saved.gates);
-  args.middle = writable<real>(out.saved.middle);
-  args.save = save;
-  args.plan = call.plan();
-  if (call.rows) {
-    if constexpr (sizeof(real) == sizeof(float))
-      kernels.forward_float(call.kind, args);
-    else
-      kernels.forward_double(call.kind, args);
-  }
-  out.h_n = last_states<real>(states, args.steps, s.output).to(call.dtype);
-  if (lstm)
-    out.c_n = (save ? last_states<real>(*out.saved.cells, args.steps, s.hidden) : *out.c_n)
-                  .to(call.dtype);
-  out.output = states.to(call.dtype);
-  if (save) out.saved.states = states;
-  return out;
-}
-
-template <class real>
-std::array<OptionalTensor, kLayerInputs> backward(const Call& call, const LayerInputs& in,
-                                                  const Saved& saved, const LayerGradients& d,
-                                                  const std::array<bool, kLayerInputs>& wanted) {
-  const Kernels& kernels = kernels_named(saved.isa);
-  const Sizes& s = call.sizes;
-  std::array<OptionalTensor, kLayerInputs> out;
-  const auto allocate = [&](int i, const Tensor& like) {
-    if (wanted[i])
-      out[i] = call.rows ? at::empty(like.sizes(), call.options())
-                         : at::zeros(like.sizes(), call.options());
-  };
-  allocate(0, in.input);
-  allocate(1, in.h0);
-  allocate(3, in.w_ih);
-  allocate(4, in.w_hh);
-  if (in.b_ih) allocate(5, *in.b_ih);
-  if (in.b_hh) allocate(6, *in.b_hh);
-  if (in.w_hr) allocate(7, *in.w_hr);
-  if (in.c0)
-    out[2] = d.d_c_n && d.d_c_n->defined()
-                 ? d.d_c_n->to(call.compute, false, /*copy=*/true).contiguous()
-                 : at::zeros({call.batch, s.hidden}, call.options());
-
-  Operands<real> operands;
-  BackwardArgs<real> args{};
-  args.steps = call.time(in.reverse);
-  args.sizes = s;
-  args.weights = operands.weights(in);
-  args.x = operands.read(in.input);
-  args.h0 = operands.read(in.h0);
-  args.c0 = operands.read(in.c0);
-  args.out = operands.read(saved.states);
-  args.c = operands.read(saved.cells);
-  args.gates = operands.read(saved.gates);
-  args.middle = operands.read(saved.middle);
-  args.d_out = operands.read(d.d_output);
-  args.d_hn = operands.read(d.d_h_n);
-  args.d_c = operands.read(d.d_cells);
-  args.dx = writable<real>(out[0]);
-  args.dh0 = writable<real>(out[1]);
-  args.dc = writable<real>(out[2]);
-  args.dw_ih = writable<real>(out[3]);
-  args.dw_hh = writable<real>(out[4]);
-  args.db_ih = writable<real>(out[5]);
-  args.db_hh = writable<real>(out[6]);
-  args.dw_hr = writable<real>(out[7]);
-  args.plan = call.plan();
-  if (call.rows) {
-    if constexpr (sizeof(real) == sizeof(float))
-      kernels.backward_float(call.kind, args);
-    else
-      kernels.backward_double(call.kind, args);
-  }
-  for (int i = 0; i < kLayerInputs; i++) {
-    if (!wanted[i]) out[i].reset();
-    if (out[i]) out[i] = out[i]->to(call.dtype);
-  }
-  return out;
-}
-
-}  // namespace
 
 CellKind cell_kind(const std::string& name) {
   if (name == "rnn_tanh") return CellKind::kRnnTanh;
@@ -281,22 +133,24 @@ int cell_gates(CellKind kind) {
   }
 }
 
-LayerOutputs layer_forward(const LayerInputs& in, bool save) {
-  const Call call = check_call(in);
+std::vector<LayerOutputs> layer_forward(std::span<const LayerInputs> directions, bool save,
+                                        [[maybe_unused]] cuda::Path path) {
+  const Call call = check_call(directions);
   if constexpr (kHasCudaKernels)
-    if (on_cuda(in.input)) return cuda_layer_forward(call, in, {}, save);
-  return call.compute == at::kDouble ? forward<double>(call, in, save)
-                                     : forward<float>(call, in, save);
+    if (on_cuda(directions[0].input)) return cuda_layer_forward(call, directions, {}, save, path);
+  return cpu_layer_forward(call, directions, save);
 }
 
-std::array<OptionalTensor, kLayerInputs> layer_backward(
-    const LayerInputs& in, const Saved& saved, const LayerGradients& d,
-    const std::array<bool, kLayerInputs>& wanted) {
-  const Call call = check_call(in);
+std::vector<InputGradients> layer_backward(std::span<const LayerInputs> directions,
+                                           std::span<const Saved> saved,
+                                           std::span<const LayerGradients> d,
+                                           std::span<const Wanted> wanted,
+                                           [[maybe_unused]] cuda::Path path) {
+  const Call call = check_call(directions);
   if constexpr (kHasCudaKernels)
-    if (on_cuda(in.input)) return cuda_layer_backward(call, in, {}, saved, d, wanted);
-  return call.compute == at::kDouble ? backward<double>(call, in, saved, d, wanted)
-                                     : backward<float>(call, in, saved, d, wanted);
+    if (on_cuda(directions[0].input))
+      return cuda_layer_backward(call, directions, {}, saved, d, wanted, path);
+  return cpu_layer_backward(call, directions, saved, d, wanted);
 }
 
 }  // namespace rnn_ext

@@ -1,12 +1,15 @@
-// One layer, one direction: checks, allocation, choice of dtype; on the CPU of instruction set and plan.
+// A layer of the recurrent stack: checks, and the choice of the device's kernels.
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <array>
 #include <optional>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "../cpu/problem.h"
+#include "../cuda/plan.h"
 
 namespace rnn_ext {
 
@@ -23,8 +26,8 @@ struct LayerInputs {
   bool reverse;
 };
 
-// What the backward pass reads beside the inputs, in float or double. For bfloat16 that is wider than what the
-// caller sees, so that nothing is rounded between the passes.
+// What the backward pass reads beside the inputs, in float or double. For bfloat16 that is wider
+// than what the caller sees, so that nothing is rounded between the passes.
 struct Saved {
   at::Tensor
       states;  // every h_t, laid out like output; the output itself where its dtype is the same
@@ -45,10 +48,17 @@ struct LayerGradients {
 
 constexpr int kLayerInputs = 8;  // input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr
 
-LayerOutputs layer_forward(const LayerInputs& in, bool save);
-std::array<OptionalTensor, kLayerInputs> layer_backward(
-    const LayerInputs& in, const Saved& saved, const LayerGradients& d,
-    const std::array<bool, kLayerInputs>& wanted);
+using InputGradients = std::array<OptionalTensor, kLayerInputs>;
+using Wanted = std::array<bool, kLayerInputs>;
+
+// One direction of a layer, or both over the same input, which may then run side by side. The path
+// is for CUDA tensors.
+std::vector<LayerOutputs> layer_forward(std::span<const LayerInputs> directions, bool save,
+                                        cuda::Path path);
+std::vector<InputGradients> layer_backward(std::span<const LayerInputs> directions,
+                                           std::span<const Saved> saved,
+                                           std::span<const LayerGradients> d,
+                                           std::span<const Wanted> wanted, cuda::Path path);
 
 CellKind cell_kind(const std::string& name);
 int cell_gates(CellKind kind);

@@ -10,7 +10,7 @@ README.md beside this file says what is emulated and what is not.
 """
 
 from .arrays import Number, from_bits, pointer, to_bits
-from .build import ROOT, build
+from .build import ROOT, build, build_ahead
 from .isolation import Crash, isolated
 from .kernels import KernelError
 from .mutants import Mutant, catch
@@ -29,6 +29,7 @@ __all__ = [
     "Mutant",
     "Number",
     "build",
+    "build_ahead",
     "catch",
     "from_bits",
     "isolated",

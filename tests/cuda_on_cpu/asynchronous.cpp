@@ -79,7 +79,8 @@ void spin_pause(Here here) {
   wait("a flag", here);
 }
 
-// Copies. The data arrives at the wait and is poison before; the source is read anywhere in between.
+// Copies. The data arrives at the wait and is poison before; the source is read anywhere in
+// between.
 
 void copy_async(void* to, const void* from, unsigned bytes, unsigned valid) {
   if (reinterpret_cast<uintptr_t>(to) % bytes ||

@@ -9,7 +9,8 @@ import hashlib
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
@@ -26,10 +27,14 @@ COMMON = [
     "-DRNN_EXT_EMULATED",
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+WORKERS = min(2, os.cpu_count() or 1)
 KERNEL = {
     False: ["-O2", "-g1"],
     True: ["-O1", "-g1", "-fsanitize=thread"],
 }
+
+
+_compiling = threading.Semaphore(WORKERS)
 
 
 def build(sources, *, race=False, flags=(), mutant=None):
@@ -43,20 +48,41 @@ def build(sources, *, race=False, flags=(), mutant=None):
     return _build(tuple(sources), race, tuple(flags), mutant)
 
 
+def build_ahead(jobs):
+    """Builds several at a time what tests will ask for: dictionaries of the arguments of `build`.
+
+    What cannot be built is left to the test that asks for it.
+    """
+    jobs = list(jobs)
+    for race in {job.get("race", False) for job in jobs}:
+        _machine(race)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        wait([pool.submit(build, **job) for job in jobs])
+
+
 @cache
 def _build(sources, race, flags, mutant):
     root = mutant.plant(FOLDER / "mutants") if mutant else ROOT
-    machine = [HERE / f"{name}.cpp" for name in [*EMULATOR, "race" if race else "race_off"]]
-    jobs = [(path, ["-O2", "-g1"], ROOT) for path in machine]
-    jobs += [(root / source, [*KERNEL[race], *flags], root) for source in sources]
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(lambda job: _compile(*job), jobs))
+    jobs = [(root / source, [*KERNEL[race], *flags], root) for source in sources]
+    objects = [*_machine(race), *_compile_all(jobs)]
     name = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     library = FOLDER / f"{name}.so"
     if not library.exists():
         link = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined", "-ldl"]
         run_compiler([_compiler(), *map(str, objects), *link], library)
     return library
+
+
+@cache
+def _machine(race):
+    """The emulator's own objects, which no mutant touches."""
+    names = [*EMULATOR, "race" if race else "race_off"]
+    return _compile_all([(HERE / f"{name}.cpp", ["-O2", "-g1"], ROOT) for name in names])
+
+
+def _compile_all(jobs):
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(lambda job: _compile(*job), jobs))
 
 
 @cache
@@ -86,8 +112,9 @@ def _compile(source, flags, root):
 def run_compiler(command, result):
     """Runs ``command -o result`` so that nobody ever sees half a result."""
     result.parent.mkdir(parents=True, exist_ok=True)
-    partial = result.with_suffix(f".{os.getpid()}.partial")
-    done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+    partial = result.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
+    with _compiling:
+        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     partial.replace(result)  # several processes may build the same

@@ -1,4 +1,5 @@
-// The words of CUDA C++ that kernels may use, for a host compiler. What they do is in emulator.cpp and matrices.cpp.
+// The words of CUDA C++ that kernels may use, for a host compiler. What they do is in the sources
+// beside this file.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -9,7 +10,9 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
+// Really inlined, and so is everything here that may return a structure: where a call's result goes
+// straight to memory, -fsanitize=thread does not see the store.
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
@@ -23,8 +26,8 @@ struct uint3 {
 #define CUDA_ON_CPU_VECTORS(type, name)                                                       \
   struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                    \
   struct alignas(4 * sizeof(type) < 16 ? 4 * sizeof(type) : 16) name##4 { type x, y, z, w; }; \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                            \
-  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+  __forceinline__ name##2 make_##name##2(type x, type y) { return {x, y}; }                   \
+  __forceinline__ name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 CUDA_ON_CPU_VECTORS(int, int)
 CUDA_ON_CPU_VECTORS(unsigned, uint)
 CUDA_ON_CPU_VECTORS(float, float)
@@ -53,7 +56,7 @@ void fence();
 void atomic(void* address, void (*change)(void* address, void* argument), void* argument);
 
 template <class T>
-T shuffled(unsigned mask, T value, Pick pick, int operand, int width, Here here) {
+__forceinline__ T shuffled(unsigned mask, T value, Pick pick, int operand, int width, Here here) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
   T result;
   shuffle(mask, &value, &result, sizeof value, pick, operand, width, here);
@@ -88,8 +91,8 @@ inline void __syncwarp(unsigned mask = ~0u, cuda_on_cpu::Here here = cuda_on_cpu
 }
 #define CUDA_ON_CPU_SHUFFLE(name, pick)                                                       \
   template <class T>                                                                          \
-  T name(unsigned mask, T value, int operand, int width = 32,                                 \
-         cuda_on_cpu::Here here = cuda_on_cpu::Here::current()) {                             \
+  __forceinline__ T name(unsigned mask, T value, int operand, int width = 32,                 \
+                         cuda_on_cpu::Here here = cuda_on_cpu::Here::current()) {             \
     return cuda_on_cpu::shuffled(mask, value, cuda_on_cpu::Pick::pick, operand, width, here); \
   }
 CUDA_ON_CPU_SHUFFLE(__shfl_sync, kLane)
@@ -130,15 +133,15 @@ T atomicCAS(T* p, T expected, T value) {
 }
 
 template <class T>
-T __ldg(const T* p) {
+__forceinline__ T __ldg(const T* p) {
   return *p;
 }
 template <class T>
-T __ldcg(const T* p) {
+__forceinline__ T __ldcg(const T* p) {
   return *p;
 }
 template <class T>
-T __ldcs(const T* p) {
+__forceinline__ T __ldcs(const T* p) {
   return *p;
 }
 template <class T>

@@ -4,7 +4,7 @@
 
 #include "cuda_language.h"
 
-#define RNN_EXT_DEVICE inline
+#define RNN_EXT_DEVICE __forceinline__
 
 namespace cuda_on_cpu {
 
@@ -13,7 +13,8 @@ unsigned lane();
 
 void mma_16bit(float* d, const uint32_t* a, const uint32_t* b, bool brain, Here here);
 void mma_tf32(float* d, const uint32_t* a, const uint32_t* b, Here here);
-// The addresses of the two rows of each 8x8 matrix that this lane reads: row g twice, or with `trans` 2 t and 2 t + 1.
+// The addresses of the two rows of each 8x8 matrix that this lane reads: row g twice, or with
+// `trans` 2 t and 2 t + 1.
 void ldmatrix_rows(const void* row, const uint16_t** rows, int matrices, bool trans, Here here);
 
 void copy_async(void* to, const void* from, unsigned bytes, unsigned valid);
@@ -70,7 +71,7 @@ inline float to_float(fp16 x) {
 }
 
 template <class T>
-T from_float(float x) {
+__forceinline__ T from_float(float x) {
   if constexpr (std::is_same_v<T, bf16>) {
     const uint32_t bits = __float_as_uint(x);
     if (x != x) return {0x7fff};
@@ -211,7 +212,7 @@ inline PeerAddress peer_address(const void* p, unsigned rank) {
   return PeerAddress(cuda_on_cpu::peer_pointer(p, rank));
 }
 template <class T>
-T load_peer(PeerAddress address) {
+__forceinline__ T load_peer(PeerAddress address) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   return *static_cast<const T*>(address.get());
 }

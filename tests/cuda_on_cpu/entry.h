@@ -1,6 +1,9 @@
-// What a shared object for the tests exports: functions with a plain C interface that launch kernels.
+// What a shared object for the tests exports: functions with a plain C interface that launch
+// kernels.
 //
-//   extern "C" int my_launcher(const MyParams* p) { return cuda_on_cpu::entry([&] { launch_my_kernel(*p); }); }
+//   extern "C" int my_launcher(const MyParams* p) {
+//     return cuda_on_cpu::entry([&] { launch_my_kernel(*p); });
+//   }
 #pragma once
 #include <cstdio>
 #include <exception>

@@ -78,7 +78,8 @@ std::string run(const Grid& grid, const std::function<void()>& body) {
   m.body = &body;
   m.error.clear();
   m.random_state = m.seed * 0x9E3779B97F4A7C15ull + 1;
-  // Without a cooperative launch only a cluster's blocks run together, and clusters run in any order.
+  // Without a cooperative launch only a cluster's blocks run together, and clusters run in any
+  // order.
   std::vector<size_t> clusters(blocks / grid.cluster), numbers(together);
   std::iota(clusters.begin(), clusters.end(), size_t{0});
   if (m.seed && !grid.cooperative) {

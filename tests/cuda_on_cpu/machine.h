@@ -1,8 +1,9 @@
 // The emulated GPU's state, shared by the files that act on it.
 //
-// One thread of the operating system runs everything. Each CUDA thread is a fiber with a stack of its own; a fiber runs
-// until it waits (barrier, warp operation, flag) and then another is resumed: the next in line with seed 0, a random
-// one with any other seed. When none can be resumed and some are left, the kernel would hang, and the launch fails.
+// One thread of the operating system runs everything. Each CUDA thread is a fiber with a stack of
+// its own; a fiber runs until it waits (barrier, warp operation, flag) and then another is resumed:
+// the next in line with seed 0, a random one with any other seed. When none can be resumed and some
+// are left, the kernel would hang, and the launch fails.
 #pragma once
 #include <cstdint>
 #include <functional>

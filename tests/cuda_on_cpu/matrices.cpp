@@ -1,5 +1,5 @@
-// Matrix products and ldmatrix, with the layout of fragments that platform.h states. A warp's product is decoded and
-// computed once, by the lane that comes last.
+// Matrix products and ldmatrix, with the layout of fragments that platform.h states. A warp's
+// product is decoded and computed once, by the lane that comes last.
 #include "emulated_platform.h"
 #include "warp.h"
 

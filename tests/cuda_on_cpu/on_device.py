@@ -105,14 +105,18 @@ class DeviceKernels:
         if getattr(self._library, name)(*passed) or self._library.on_device_wait():
             raise KernelError(f"{name}: {self._library.cuda_on_cpu_error().decode()}")
         self._copy(to_device=False)
-        for memory, _, size, label in self._arrays.values():
-            if (memory()[size:] != 0xFF).any():
+        for memory, _, size, label in list(self._arrays.values()):
+            whole = memory()
+            if whole is not None and (whole[size:] != 0xFF).any():
                 raise KernelError(f"{name}: written behind the end of {label}")
 
     def _copy(self, to_device):
-        for address, (memory, copy, *_) in self._arrays.items():
+        for address, (memory, copy, *_) in list(self._arrays.items()):
+            whole = memory()  # held, so that it is not freed meanwhile
+            if whole is None:
+                continue
             pair = (copy, address) if to_device else (address, copy)
-            size = ctypes.c_size_t(memory().nbytes)
+            size = ctypes.c_size_t(whole.nbytes)
             if self._library.on_device_copy(*map(ctypes.c_void_p, pair), size):
                 raise KernelError(self._library.cuda_on_cpu_error().decode())
 

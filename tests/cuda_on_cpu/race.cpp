@@ -1,10 +1,11 @@
 // A race checker: which accesses are ordered, whatever the schedule of this run was.
 //
-// The kernels, and nothing else, are compiled with -fsanitize=thread, which makes the compiler call __tsan_read4 and
-// the like before every access to memory; those functions are here, and nothing is linked with -fsanitize. Every
-// resident thread has a vector clock. Barriers join clocks, release and acquire carry them through a flag. Two
-// accesses to the same two bytes of watched memory, one of them a write, must be ordered by the clocks, and memory
-// that is not initialised must not be read.
+// The kernels, and nothing else, are compiled with -fsanitize=thread, which makes the compiler call
+// __tsan_read4 and the like before every access to memory; those functions are here, and nothing is
+// linked with -fsanitize. Every resident thread has a vector clock. Barriers join clocks, release
+// and acquire carry them through a flag. Two accesses to the same two bytes of watched memory, one
+// of them a write, must be ordered by the clocks, and memory that is not initialised must not be
+// read.
 #include "race.h"
 
 #include <dlfcn.h>

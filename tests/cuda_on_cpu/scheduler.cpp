@@ -25,7 +25,8 @@ void* main_stack_pointer;
 sigjmp_buf escape;  // back to resume_all, from a fault
 
 #if defined(__x86_64__)
-// Saves the registers that a called function must keep, and the stack pointer in *save; continues on `load`.
+// Saves the registers that a called function must keep, and the stack pointer in *save; continues
+// on `load`.
 __attribute__((naked, noinline)) void switch_stack(void** /*save*/, void* /*load*/) {
   asm volatile(
       "pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n\t"

@@ -20,8 +20,9 @@ inline bool same_place(Here a, Here b) {
   return a.line() == b.line() && !std::strcmp(a.file_name(), b.file_name());
 }
 
-// Lanes of `mask` meet; the last to come runs combine(meeting), which turns all `in` into all `out`. `orders` says
-// whether the operation also orders memory accesses: of the warp operations only __syncwarp does.
+// Lanes of `mask` meet; the last to come runs combine(meeting), which turns all `in` into all
+// `out`. `orders` says whether the operation also orders memory accesses: of the warp operations
+// only __syncwarp does.
 template <class Combine>
 void meet_in_warp(unsigned mask, const void* in, size_t in_bytes, void* out, size_t out_bytes,
                   bool orders, const char* what, Here here, Combine combine) {

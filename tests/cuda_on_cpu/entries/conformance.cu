@@ -1,5 +1,6 @@
-// Every primitive of platform.h in a kernel of its own. They run in the emulator and on a GPU, and conformance.py knows
-// what each must give. A thread reads and writes 32-bit words; `out` is filled with 0xff before.
+// Every primitive of platform.h in a kernel of its own. They run in the emulator and on a GPU, and
+// conformance.py knows what each must give. A thread reads and writes 32-bit words; `out` is filled
+// with 0xff before.
 #include "../entry.h"
 #include "launch.h"
 
@@ -55,7 +56,8 @@ __global__ void product(const Words w) {
   for (int i = 0; i < 4; i++) w.out[global_thread() * 4 + i] = __float_as_uint(d[i]);
 }
 
-// ldmatrix: in 32 row numbers, then 64 rows of 8 16-bit elements; out x2[2], x4[4], x2_trans[2], x4_trans[4]
+// ldmatrix: in 32 row numbers, then 64 rows of 8 16-bit elements; out x2[2], x4[4], x2_trans[2],
+// x4_trans[4]
 __global__ void matrices(const Words w) {
   uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
   for (unsigned i = threadIdx.x; i < 64 * 4; i += 32) shared[i] = w.in[32 + i];
@@ -73,8 +75,8 @@ __global__ void matrices(const Words w) {
   for (int i = 0; i < 4; i++) out[8 + i] = four[i];
 }
 
-// Copies in three groups: 16 whole bytes, 16 of which 6 are valid, 8 and 4 of which 3 are valid; in 4 words a thread,
-// out 11 words of the next thread's copies
+// Copies in three groups: 16 whole bytes, 16 of which 6 are valid, 8 and 4 of which 3 are valid; in
+// 4 words a thread, out 11 words of the next thread's copies
 __global__ void copies(const Words w) {
   unsigned char* shared = shared_memory();
   const unsigned i = threadIdx.x, n = blockDim.x, next = (i + 1) % n;
@@ -117,7 +119,8 @@ __global__ void warps(const Words w) {
   out[7] = __all_sync(all, x > 0) ? 1 : 0;
 }
 
-// A warp that produces and one that consumes, by two named barriers: in 1 word, out the sum of 1 x .. 8 x
+// A warp that produces and one that consumes, by two named barriers: in 1 word, out the sum of 1 x
+// .. 8 x
 __global__ void pipeline(const Words w) {
   uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
   constexpr int kFull = 1, kEmpty = 2, kRounds = 8;
@@ -137,7 +140,8 @@ __global__ void pipeline(const Words w) {
   if (threadIdx.x >= 32) w.out[lane] = sum;
 }
 
-// Numbers go round all blocks through global memory, by a grid barrier a round, then by flags: in 1 word, out 1
+// Numbers go round all blocks through global memory, by a grid barrier a round, then by flags: in 1
+// word, out 1
 __global__ void rounds(const Words w) {
   const unsigned threads = blockDim.x, blocks = gridDim.x, me = blockIdx.x,
                  left = (me + blocks - 1) % blocks;
@@ -191,8 +195,8 @@ __global__ void groups(const Words w) {
   w.out[global_thread()] = x;
 }
 
-// Clusters: in 4 words, out rank, size, index, the right neighbour's words by pointer, by load_peer of 8 bytes, what the
-// left one stored with 16 bytes, and a flag of the left one
+// Clusters: in 4 words, out rank, size, index, the right neighbour's words by pointer, by load_peer
+// of 8 bytes, what the left one stored with 16 bytes, and a flag of the left one
 __global__ void clusters(const Words w) {
   uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
   const unsigned i = threadIdx.x, n = blockDim.x, rank = cluster_rank(), size = cluster_size();
@@ -226,7 +230,8 @@ __global__ void clusters(const Words w) {
   cluster_barrier();  // nobody leaves while a peer reads
 }
 
-// Stores that arrive at an mbarrier, for five phases: in 1 word; out what came round the cluster, five words
+// Stores that arrive at an mbarrier, for five phases: in 1 word; out what came round the cluster,
+// five words
 __global__ void deliveries(const Words w) {
   uint64_t* barriers = reinterpret_cast<uint64_t*>(shared_memory());  // [2], one for each half
   uint4* received = reinterpret_cast<uint4*>(shared_memory() + 128);  // [2][threads]

@@ -1,17 +1,20 @@
-// How long blocks take to meet and to pass data on: what the design of the persistent kernels rests on. Each kernel does
-// `rounds` times the same thing; latency.py divides. In the emulator they only show that they end.
+// How long blocks take to meet and to pass data on: what the design of the persistent kernels rests
+// on. Each kernel does `rounds` times the same thing; latency.py divides. In the emulator they only
+// show that they end.
 #include "../entry.h"
 #include "launch.h"
 
-namespace {
-
-using namespace rnn_ext::cuda;
-
+// Not in the namespace below: nvcc would then not export the function that takes it.
 struct Args {
   uint32_t* flags;  // one for each block, 32 apart, and one more; all zero
   uint4* data;      // [bytes / 16] of what is gathered
   int rounds, bytes, group;
 };
+
+namespace {
+
+using namespace rnn_ext::cuda;
+
 constexpr int kFlagStride = 32;
 
 __global__ void block_barriers(const Args a) {
@@ -26,7 +29,8 @@ __global__ void grid_barriers(const Args a) {
   for (int i = 0; i < a.rounds; i++) grid_barrier(a.flags);
 }
 
-// Groups of `group` blocks; everyone publishes, then waits for everyone, as the persistent kernels do.
+// Groups of `group` blocks; everyone publishes, then waits for everyone, as the persistent kernels
+// do.
 __global__ void flag_rounds(const Args a) {
   const int first = static_cast<int>(blockIdx.x) / a.group * a.group;
   for (int i = 1; i <= a.rounds; i++) {

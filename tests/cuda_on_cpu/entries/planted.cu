@@ -1,4 +1,5 @@
-// Small kernels, right with bug 0 and wrong with any other: what the emulator and the race checker must tell apart.
+// Small kernels, right with bug 0 and wrong with any other: what the emulator and the race checker
+// must tell apart.
 #include "../entry.h"
 #include "launch.h"
 
@@ -166,9 +167,8 @@ __global__ void deliveries(
   cluster_barrier();
 }
 
-__global__ void bounds(
-    const Args
-        a) {  // shared: 1 far read, 2 write just behind; x: 3 far read, 4 write just behind; 5: null
+// Shared memory: 1 far read, 2 write just behind; x: 3 far read, 4 write just behind; 5: null.
+__global__ void bounds(const Args a) {
   float* shared = shared_floats();
   const unsigned i = threadIdx.x;
   shared[i] = a.x[global_thread()];
@@ -200,6 +200,26 @@ __global__ void ordinary(
   if (a.bug == 2 && first_thread()) a.x[gridDim.x * blockDim.x] = a.x[0];
 }
 
+// Numbers of 16 bits and vectors are structures, and here what a function returns goes to memory;
+// each function is called twice, so that the compiler is not keen on inlining it.
+__global__ void returned(const Args a) {  // no barrier after 1: fp16, 2: bf16, 3: a vector
+  float2* pairs = reinterpret_cast<float2*>(shared_memory());
+  fp16* halves = reinterpret_cast<fp16*>(pairs + blockDim.x);
+  bf16* brains = reinterpret_cast<bf16*>(halves + blockDim.x);
+  const unsigned i = threadIdx.x, other = blockDim.x - 1 - i;
+  const float x = a.x[global_thread()];
+  halves[i] = from_float<fp16>(x);
+  if (a.bug != 1) __syncthreads();
+  const float half = to_float(halves[other]);
+  brains[i] = from_float<bf16>(half);
+  if (a.bug != 2) __syncthreads();
+  const float brain = to_float(brains[other]);
+  pairs[i] = i % 2 ? make_float2(x, brain) : make_float2(half, brain);
+  if (a.bug != 3) __syncthreads();
+  const bf16 rounded = from_float<bf16>(to_float(from_float<fp16>(pairs[other].y)));
+  *result(a) = to_float(rounded);
+}
+
 struct Case {
   const char* name;
   void (*kernel)(const Args);
@@ -218,6 +238,7 @@ const Case kCases[] = {
     {"bounds", bounds, false},
     {"initialised", initialised, false},
     {"ordinary", ordinary, false},
+    {"returned", returned, false},
 };
 
 }  // namespace
