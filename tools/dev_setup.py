@@ -25,10 +25,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_SPEC = os.environ.get("TORCH_SPEC") or "torch==2.13.0"
+# They read the machine code of the CUDA kernels.
+CUDA_READERS = ["nvidia-cuda-cuobjdump==13.5.37", "nvidia-cuda-nvdisasm==13.5.37"]
 PACKAGES = {
     "build": ["setuptools>=77", "wheel", "ninja", "numpy>=1.24"],
     "demo": ["tqdm", "matplotlib"],
-    "test": ["pytest>=8", "hypothesis", "expecttest", "tqdm", "matplotlib"],
+    "test": ["pytest>=8", "hypothesis", "expecttest", "tqdm", "matplotlib", *CUDA_READERS],
+    "bench": ["tqdm", "matplotlib"],
     "lint": ["ruff==0.17.5", "clang-format==23.1.5"],
 }
 BUILD_VARIABLES = ["CXX", "CXXFLAGS", "CFLAGS", "LDFLAGS", "TORCH_CUDA_ARCH_LIST"]
