@@ -112,6 +112,19 @@ def use_backend(name: str):
         _current.reset(token)
 
 
+def is_plain_call() -> bool:
+    """Whether nothing watches or rewrites what runs: no compiler, transform, tracer or autocast,
+    and the backend is "auto"."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+        or torch.jit.is_tracing()
+        or _current.get() != "auto"
+    )
+
+
 def uncovered(x, states, weights):
     """Why no kernel takes these together (a phrase), or None if one does.
 

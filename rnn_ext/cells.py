@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from . import composite, functional
-from .backend import uncovered
+from . import _C, composite, functional
+from .backend import is_plain_call, uncovered
 from .initialization import checked_forget_bias, forget_bias_, recurrent_
 from .replacement import Replacement
 
@@ -37,6 +37,10 @@ class OneStep(Replacement):
         """
         if isinstance(input, Proxy):
             return self._as_leaf(input, hx=hx)
+        if type(input) is Tensor and not torch.is_grad_enabled() and is_plain_call():
+            new = self._run_inference(input, hx)
+            if new is not None:
+                return new
         states = self._arrange(input, hx)
         if states is None:
             return self._run_twin(input, hx)
@@ -60,6 +64,23 @@ class OneStep(Replacement):
             self._warn_composed(reason, self._extra)
         if not batched:
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)
+        return h if c is None else (h, c)
+
+    def _run_inference(self, input, hx):
+        """The new state in one call of the CPU kernels; None if they do not serve all of it."""
+        states = () if hx is None else self._states(hx)
+        cell = self._cell
+        if states is None or cell is None or self.input_size != input.shape[-1]:
+            return None
+        parameters = self._parameters
+        try:
+            weights = [parameters[name] for name in (_NAMES if self.bias else _NAMES[:2])]
+        except KeyError:  # a parametrization
+            return None
+        results = _C.run_cell(cell, input, states, weights, self.bias)
+        if results is None:
+            return None
+        _, h, c = results
         return h if c is None else (h, c)
 
     def _arrange(self, input, hx):

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import composite, functional
-from .backend import uncovered
+from . import _C, composite, functional
+from .backend import is_plain_call, uncovered
 from .initialization import recurrent_
 from .replacement import Replacement
 
@@ -50,6 +50,10 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
 
     def _run(self, input, hx, lengths=None, return_cells=False):
         """(output, state, cells) of `forward`."""
+        if lengths is None and not return_cells and type(input) is Tensor and is_plain_call():
+            results = self._run_inference(input, hx)
+            if results is not None:
+                return results
         if isinstance(input, Proxy):
             cells = {"return_cells": True} if return_cells else {}
             return self._as_leaf(input, hx=hx, lengths=lengths, **cells)
@@ -92,6 +96,28 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             state,
             self._like(input, cells) if return_cells else None,
         )
+
+    def _run_inference(self, input, hx):
+        """As `_run`, in one call of the CPU kernels; None if they do not serve all of it."""
+        if torch.is_grad_enabled() or (self.dropout and self.training):
+            return None
+        states = () if hx is None else self._states(hx)
+        if states is None or self.input_size != input.shape[-1]:
+            return None
+        parameters = self._parameters
+        try:
+            weights = [parameters[name] for names in self._all_weights for name in names]
+        except KeyError:  # a parametrization
+            return None
+        directions = 2 if self.bidirectional else 1
+        results = _C.run_stack(
+            self._cell, input, states, weights, directions, self.bias, self.proj_size > 0,
+            self.batch_first,
+        )  # fmt: skip
+        if results is None:
+            return None
+        output, h_n, c_n = results
+        return output, h_n if c_n is None else (h_n, c_n), None
 
     def _arrange(self, input, hx):
         """(x [T, B, I] or packed rows, batch_sizes, batch, states), or None if torch.nn is to

@@ -19,6 +19,11 @@ template <class real>
 RNN_EXT_INLINE void add_tile(int rows, long depth, const real* a, long a_row, long a_step,
                              const real* b, real* c, long c_row, long wide, bool add) {
   constexpr int width = 2 * kLanes<real>;
+  // The result comes from afar and is needed last: it arrives while the tile multiplies.
+  for (int i = 0; i < rows; i++) {
+    __builtin_prefetch(c + i * c_row, 1);
+    __builtin_prefetch(c + i * c_row + kLanes<real>, 1);
+  }
   if (wide == width) {
     tile_for<real, 2>(rows)(depth, a, a_row, a_step, b, c, c_row, add);
     return;
@@ -46,7 +51,7 @@ struct Target {
 template <class real>
 class WeightGradient {
   static constexpr int lanes = kLanes<real>, width = 2 * lanes, strip = kTileRows<2>;
-  static constexpr long kDepth = 128, kStrips = 20;
+  static constexpr long kDepth = 256, kStrips = 44;
 
  public:
   static size_t scratch() { return size_t(kStrips) * strip * kDepth + width + kDepth * width; }
@@ -100,8 +105,12 @@ class WeightGradient {
 
   static void pack_panel(const Rows<real>& x, long first, long depth, long column, long wide,
                          real* panel) {
+    constexpr long kAhead = 16;  // no hardware prefetcher follows two lines of every row
     for (long k = 0; k < depth; k++, panel += width) {
       const real* from = x[first + k] + column;
+      const real* later = x[first + (k + kAhead < depth ? k + kAhead : k)] + column;
+      __builtin_prefetch(later);
+      __builtin_prefetch(later + lanes);
       if (wide == width) {
         store(panel, load(from));
         store(panel + lanes, load(from + lanes));

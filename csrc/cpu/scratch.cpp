@@ -1,5 +1,7 @@
 #include "scratch.h"
 
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -7,12 +9,20 @@
 
 namespace rnn_ext {
 namespace {
-constexpr size_t kKeptBytes = size_t(16) << 20;
+constexpr size_t kKeptBytes = size_t(64) << 20;
+
+// Large pieces lie on pages of 2 MiB where the system has them: first touch costs a tenth, and rows
+// far apart need fewer entries of the TLB.
+constexpr size_t kHugePage = size_t(2) << 20;
 
 char* allocate(size_t bytes) {
-  const size_t rounded = (bytes + Arena::kAlign - 1) / Arena::kAlign * Arena::kAlign;
-  void* p = std::aligned_alloc(Arena::kAlign, rounded ? rounded : Arena::kAlign);
+  const size_t align = bytes >= 2 * kHugePage ? kHugePage : Arena::kAlign;
+  const size_t rounded = (bytes + align - 1) / align * align;
+  void* p = std::aligned_alloc(align, rounded ? rounded : align);
   if (!p) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (align == kHugePage) madvise(p, rounded, MADV_HUGEPAGE);  // may fail: it is advice
+#endif
   return static_cast<char*>(p);
 }
 

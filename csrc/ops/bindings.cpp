@@ -8,6 +8,7 @@
 #include "../cuda/device_limits.h"
 #include "cuda_layer.h"
 #include "cuda_numbers.h"
+#include "stack.h"
 
 #ifndef RNN_EXT_CUDA_ARCHS
 #define RNN_EXT_CUDA_ARCHS ""
@@ -103,6 +104,25 @@ std::vector<InputGradients> backward_both(
   return without_gil([&] { return layer_backward(in, saved, d, wanted, path_of(backend)); });
 }
 
+// (output, h_n, c_n or None), or None for what only the general path takes.
+py::object shown(std::optional<StackOutputs>&& out) {
+  if (!out) return py::none();
+  return py::make_tuple(std::move(out->output), std::move(out->h_n), std::move(out->c_n));
+}
+
+py::object stack(const std::string& cell, const Tensor& input, const std::vector<Tensor>& hx,
+                 const std::vector<Tensor>& weights, int directions, bool bias, bool projected,
+                 bool batch_first) {
+  return shown(without_gil([&] {
+    return run_stack(cell, input, hx, weights, directions, bias, projected, batch_first);
+  }));
+}
+
+py::object one_step(const std::string& cell, const Tensor& input, const std::vector<Tensor>& hx,
+                    const std::vector<Tensor>& weights, bool bias) {
+  return shown(without_gil([&] { return run_cell(cell, input, hx, weights, bias); }));
+}
+
 py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps, long batch,
                   long input, long hidden, long output, int directions) {
   const long real_bytes = dtype == "float64" ? 8 : 4;
@@ -179,6 +199,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("layer_forward", &forward);
   m.def("layer_backward", &backward);
+  m.def("run_stack", &stack);
+  m.def("run_cell", &one_step);
   m.def("both_forward", &forward_both);
   m.def("both_backward", &backward_both);
   m.def("gates_width", [](const std::string& cell, long hidden, size_t real_bytes) {

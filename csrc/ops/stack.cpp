@@ -1,0 +1,114 @@
+#include "stack.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+
+namespace rnn_ext {
+namespace {
+
+using at::Tensor;
+using c10::DispatchKey;
+
+bool is_plain(const Tensor& t, at::ScalarType dtype) {
+  constexpr c10::DispatchKeySet unusual(
+      {DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::FuncTorchBatched,
+       DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize, DispatchKey::Conjugate,
+       DispatchKey::Negative, DispatchKey::ZeroTensor});
+  return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == dtype &&
+         !t.key_set().has_any(unusual) && !(at::GradMode::is_enabled() && t.requires_grad());
+}
+
+bool all_plain(const Tensor& input, const std::vector<Tensor>& hx,
+               const std::vector<Tensor>& weights) {
+  const at::ScalarType dtype = input.scalar_type();
+  if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16) return false;
+  if (!is_plain(input, dtype) || at::autocast::is_autocast_enabled(at::kCPU)) return false;
+  for (const auto* list : {&hx, &weights})
+    for (const Tensor& t : *list)
+      if (!is_plain(t, dtype)) return false;
+  return true;
+}
+
+// The inputs of one layer and direction, whose weights start at w.
+LayerInputs layer_inputs(const std::string& cell, const Tensor& x, const Tensor& h0,
+                         const OptionalTensor& c0, const Tensor* w, bool bias, bool projected,
+                         bool reverse) {
+  LayerInputs in{cell, x, h0, c0, w[0], w[1], {}, {}, {}, {}, reverse};
+  if (bias) in.b_ih = w[2], in.b_hh = w[3];
+  if (projected) in.w_hr = w[bias ? 4 : 2];
+  return in;
+}
+
+Tensor joined(const std::vector<Tensor>& states) {
+  return states.size() == 1 ? states[0].unsqueeze(0) : at::stack(states);
+}
+
+}  // namespace
+
+std::optional<StackOutputs> run_stack(const std::string& cell, const Tensor& input,
+                                      const std::vector<Tensor>& hx,
+                                      const std::vector<Tensor>& weights, int directions, bool bias,
+                                      bool projected, bool batch_first) {
+  const size_t each = 2 + 2 * bias + projected, count = weights.size() / each;
+  const bool lstm = cell == "lstm";
+  if (!all_plain(input, hx, weights) || input.dim() != 3) return std::nullopt;
+  Tensor x = batch_first ? input.transpose(0, 1) : input;
+  if (x.size(0) == 0 || x.size(2) != weights[0].size(1)) return std::nullopt;
+  const int64_t batch = x.size(1), hidden = weights[0].size(0) / cell_gates(cell_kind(cell)),
+                output = projected ? weights[each - 1].size(0) : hidden;
+  const int64_t all = static_cast<int64_t>(count), widths[] = {output, hidden};
+  if (!hx.empty() && hx.size() != (lstm ? 2 : 1)) return std::nullopt;
+  for (size_t i = 0; i < hx.size(); i++)
+    if (hx[i].sizes() != at::IntArrayRef{all, batch, widths[i]}) return std::nullopt;
+
+  Tensor h_zero, c_zero;
+  if (hx.empty()) {
+    h_zero = at::zeros({batch, output}, input.options());
+    c_zero = !lstm || output == hidden ? h_zero : at::zeros({batch, hidden}, input.options());
+  }
+  std::vector<Tensor> h_n, c_n;
+  std::vector<LayerInputs> layer;
+  for (size_t first = 0; first < count; first += directions) {
+    layer.clear();
+    for (size_t k = first; k < first + directions; k++) {
+      const Tensor h0 = hx.empty() ? h_zero : hx[0].select(0, k);
+      const OptionalTensor c0 = !lstm        ? std::nullopt
+                                : hx.empty() ? OptionalTensor(c_zero)
+                                             : OptionalTensor(hx[1].select(0, k));
+      layer.push_back(
+          layer_inputs(cell, x, h0, c0, &weights[k * each], bias, projected, k > first));
+    }
+    std::vector<LayerOutputs> out = layer_forward(layer, false, cuda::Path::kAuto);
+    x = directions == 1 ? out[0].output : at::cat({out[0].output, out[1].output}, -1);
+    for (LayerOutputs& o : out) {
+      h_n.push_back(std::move(o.h_n));
+      if (lstm) c_n.push_back(std::move(*o.c_n));
+    }
+  }
+  StackOutputs result{batch_first ? x.transpose(0, 1) : x, joined(h_n), {}};
+  if (lstm) result.c_n = joined(c_n);
+  return result;
+}
+
+std::optional<StackOutputs> run_cell(const std::string& cell, const Tensor& input,
+                                     const std::vector<Tensor>& hx,
+                                     const std::vector<Tensor>& weights, bool bias) {
+  const bool lstm = cell == "lstm";
+  if (!all_plain(input, hx, weights) || input.dim() != 2 || input.size(1) != weights[0].size(1))
+    return std::nullopt;
+  const int64_t hidden = weights[1].size(1);
+  if (!hx.empty() && hx.size() != (lstm ? 2 : 1)) return std::nullopt;
+  for (const Tensor& state : hx)
+    if (state.sizes() != at::IntArrayRef{input.size(0), hidden}) return std::nullopt;
+  const Tensor h0 = hx.empty() ? at::zeros({input.size(0), hidden}, input.options()) : hx[0];
+  const OptionalTensor c0 = lstm ? OptionalTensor(hx.empty() ? h0 : hx[1]) : std::nullopt;
+  const LayerInputs in =
+      layer_inputs(cell, input.unsqueeze(0), h0, c0, weights.data(), bias, false, false);
+  LayerOutputs out = std::move(layer_forward({&in, 1}, false, cuda::Path::kAuto)[0]);
+  return StackOutputs{std::move(out.output), std::move(out.h_n), std::move(out.c_n)};
+}
+
+}  // namespace rnn_ext
