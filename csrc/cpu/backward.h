@@ -52,6 +52,7 @@ class Backward {
   // Rows of delta are this much longer than they need be: rows a power of two apart share cache
   // sets.
   static constexpr long kPadding = 16;
+  static constexpr long kLongDepth = 1024;  // of a product of the time loop
 
   void lay_out(Arena& arena) {
     const long rows = a_.steps.total();
@@ -64,6 +65,8 @@ class Backward {
     if constexpr (projected) dh_ = arena.take<real>(rows * output_ + kPadding);
     carry_ = arena.take<real>(a_.steps.batch * output_);
     if (a_.dw_hh) previous_ = arena.take<const real*>(rows);
+    if (first_.depth >= kLongDepth || second_.depth >= kLongDepth)
+      sums_ = arena.take<real>((first_.count() + second_.count()) * a_.steps.batch * width);
     scratch_ = arena.take<real>(a_.plan.threads * WeightGradient<real>::scratch());
   }
 
@@ -178,6 +181,8 @@ class Backward {
   void run_phase(const ColumnPanels<real>& panels, const Share& share,
                  const BackwardView<real>& view, const real* operand, long operand_width, long r0,
                  long r1) const {
+    if (operand && panels.depth >= kLongDepth && r1 - r0 > kTileRows<2>)
+      return run_long_phase<phase>(panels, share, view, operand, operand_width, r0, r1);
     alignas(64) real products[kTileRows<2> * width];
     const long p1 = share.panel_end(panels.count());
     for (long p = share.panel_begin(panels.count()); p < p1; p++)
@@ -188,6 +193,26 @@ class Backward {
         finish_backward<real, Cell, phase>(view, first, count, p, panels.columns,
                                            operand ? products : nullptr);
       });
+  }
+
+  // The same, a piece of the depth at a time for all panels: the operand, which may be larger than
+  // the second-level cache, is then read once and not for every panel.
+  template <int phase>
+  void run_long_phase(const ColumnPanels<real>& panels, const Share& share,
+                      const BackwardView<real>& view, const real* operand, long operand_width,
+                      long r0, long r1) const {
+    const long p0 = share.panel_begin(panels.count()), p1 = share.panel_end(panels.count());
+    for (long k = 0; k < panels.depth; k += kSumLength) {
+      const long left = panels.depth - k, part = left < kSumLength ? left : kSumLength;
+      for (long p = p0; p < p1; p++)
+        for_row_blocks(r0, r1, kTileRows<2>, [&](long first, int count) {
+          real* sums = sums_ + (p * a_.steps.batch + first) * width;
+          tile_for<real, 2>(count)(part, operand + first * operand_width + k, operand_width, 1,
+                                   panels.panel(p) + k * width, sums, width, k > 0);
+          if (part == left)
+            finish_backward<real, Cell, phase>(view, first, count, p, panels.columns, sums);
+        });
+    }
   }
 
   void parameters(const Member& m, const Segment* segments, int count) const {
@@ -221,7 +246,7 @@ class Backward {
   const BackwardArgs<real>& a_;
   const long hidden_, output_, gates_width_, delta_width_;
   ColumnPanels<real> input_{}, first_{}, second_{};
-  real *delta_ = nullptr, *dh_ = nullptr, *carry_ = nullptr, *scratch_ = nullptr;
+  real *delta_ = nullptr, *dh_ = nullptr, *carry_ = nullptr, *sums_ = nullptr, *scratch_ = nullptr;
   const real** previous_ = nullptr;
 };
 

@@ -105,12 +105,8 @@ class WeightGradient {
 
   static void pack_panel(const Rows<real>& x, long first, long depth, long column, long wide,
                          real* panel) {
-    constexpr long kAhead = 16;  // no hardware prefetcher follows two lines of every row
     for (long k = 0; k < depth; k++, panel += width) {
       const real* from = x[first + k] + column;
-      const real* later = x[first + (k + kAhead < depth ? k + kAhead : k)] + column;
-      __builtin_prefetch(later);
-      __builtin_prefetch(later + lanes);
       if (wide == width) {
         store(panel, load(from));
         store(panel + lanes, load(from + lanes));

@@ -3,16 +3,15 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
 namespace rnn_ext {
 namespace {
-constexpr size_t kKeptBytes = size_t(64) << 20;
+constexpr size_t kKeptBytes = size_t(128) << 20;
 
-// Large pieces lie on pages of 2 MiB where the system has them: first touch costs a tenth, and rows
-// far apart need fewer entries of the TLB.
 constexpr size_t kHugePage = size_t(2) << 20;
 
 char* allocate(size_t bytes) {
@@ -20,9 +19,7 @@ char* allocate(size_t bytes) {
   const size_t rounded = (bytes + align - 1) / align * align;
   void* p = std::aligned_alloc(align, rounded ? rounded : align);
   if (!p) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (align == kHugePage) madvise(p, rounded, MADV_HUGEPAGE);  // may fail: it is advice
-#endif
+  advise_huge_pages(p, rounded);
   return static_cast<char*>(p);
 }
 
@@ -35,6 +32,19 @@ struct Kept {
 thread_local Kept kept;
 std::atomic<bool> poisoned{false};
 }  // namespace
+
+void advise_huge_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage,
+                  last = end / kHugePage * kHugePage;
+  // It is advice: where the system has no such pages nothing is lost.
+  if (last > first + kHugePage)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 Scratch::Scratch(size_t bytes) : owned_(bytes > kKeptBytes || kept.in_use) {
   if (owned_) {

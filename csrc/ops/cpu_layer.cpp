@@ -8,6 +8,7 @@
 #include <exception>
 
 #include "../cpu/dispatch.h"
+#include "../cpu/scratch.h"
 #include "../cpu/team.h"
 
 namespace rnn_ext {
@@ -31,6 +32,13 @@ class Operands {
  private:
   std::vector<Tensor> held_;
 };
+
+// at::empty, on large pages where it is large.
+Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor t = at::empty(sizes, options);
+  advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
+  return t;
+}
 
 template <class real>
 real* writable(const OptionalTensor& t) {
@@ -60,14 +68,14 @@ class ForwardPass {
       : call_(call), save_(save), kernels_(active_kernels()) {
     const Sizes& s = call.sizes;
     out_.saved.isa = kernels_.name;
-    states_ = at::empty(call.laid_out(s.output), call.options());
-    if (lstm_ && save) out_.saved.cells = at::empty(call.laid_out(s.hidden), call.options());
+    states_ = fresh(call.laid_out(s.output), call.options());
+    if (lstm_ && save) out_.saved.cells = fresh(call.laid_out(s.hidden), call.options());
     if (lstm_ && !save) out_.c_n = in.c0->to(call.compute, false, /*copy=*/true).contiguous();
     if (save) {
       const long width = kernels_.gates_width(call.kind, s.hidden, sizeof(real));
-      if (width) out_.saved.gates = at::empty({call.rows, width}, call.options());
+      if (width) out_.saved.gates = fresh({call.rows, width}, call.options());
       if (call.gates == 3 || in.w_hr)
-        out_.saved.middle = at::empty({call.rows, s.hidden}, call.options());
+        out_.saved.middle = fresh({call.rows, s.hidden}, call.options());
     }
     args_.steps = call.time(in.reverse);
     args_.sizes = s;
@@ -171,7 +179,7 @@ class BackwardPass {
  private:
   void allocate(int i, const Tensor& like) {
     if (wanted_[i])
-      out_[i] = call_.rows ? at::empty(like.sizes(), call_.options())
+      out_[i] = call_.rows ? fresh(like.sizes(), call_.options())
                            : at::zeros(like.sizes(), call_.options());
   }
 
