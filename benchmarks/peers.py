@@ -86,6 +86,8 @@ def onnxruntime(problem, training):
     options = engine.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = 3
+    # Its threads may spin within a run, but not on into the next library's turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = engine.InferenceSession(
         layers(problem).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
