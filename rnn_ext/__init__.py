@@ -48,6 +48,7 @@ from .backend import FallbackWarning, backends, use_backend  # noqa: E402
 from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
 from .modules import GRU, LSTM, RNN  # noqa: E402
 from .plan import Plan, explain  # noqa: E402
+from .quantization import quantize_weights  # noqa: E402
 from .swap import accelerate, restore  # noqa: E402
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "backends",
     "explain",
     "functional",
+    "quantize_weights",
     "reference",
     "restore",
     "use_backend",

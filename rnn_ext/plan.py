@@ -8,6 +8,7 @@ from . import _C, functional
 from .backend import current, uncovered
 from .cells import OneStep
 from .layers import RecurrentLayers
+from .quantization import QuantizedLayers
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def explain(module: torch.nn.Module, input, hx=None) -> Plan:
         TypeError: ``module`` is not one of ours (`accelerate` makes torch.nn's so).
         ValueError: the module cannot take this input; calling it says why.
     """
+    if isinstance(module, QuantizedLayers):
+        return Plan(str(module), tuple(_quantized_plans(module)))
     if isinstance(module, RecurrentLayers):
         arranged = module._arrange(input, hx)
         if arranged is not None:
@@ -119,6 +122,14 @@ def _choose(module, x, steps, batch, directions, weights, obstacle):
         return {"kernel": "none", "reason": reason, **elsewhere}
     kernel = "torch.nn" if module._extra is None else "reference"
     return {"kernel": kernel, "reason": obstacle, **elsewhere}
+
+
+def _quantized_plans(module):
+    threads = torch.get_num_threads()
+    reason = f"weights of {module.kind}; fewer threads where a step has little work"
+    for layer in range(module.num_layers):
+        for direction in ("forward", "reverse")[: 2 if module.bidirectional else 1]:
+            yield LayerPlan(layer, direction, "cpu", _C.cpu_isa(), threads, "columns", reason)
 
 
 def _choose_on_cuda(module, x, steps, batch, directions, weights, backend):

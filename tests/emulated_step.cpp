@@ -13,7 +13,11 @@
 namespace rnn_ext {
 namespace {
 [[noreturn]] void left_out() { throw std::runtime_error("this build has no CPU kernels"); }
-const Kernels kNone{"none", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+const Kernels kNone = [] {
+  Kernels kernels{};
+  kernels.name = "none";
+  return kernels;
+}();
 }  // namespace
 
 std::vector<std::string> available_isas() { return {}; }

@@ -18,5 +18,6 @@
                                  isa::run_forward<float>,            \
                                  isa::run_forward<double>,           \
                                  isa::run_backward<float>,           \
-                                 isa::run_backward<double>};         \
+                                 isa::run_backward<double>,          \
+                                 isa::run_quantized};                \
   }

@@ -1,6 +1,7 @@
 // Everything above, instantiated for every cell and dtype: the table that isa_*.cpp exports.
 #pragma once
 #include "backward.h"
+#include "quantized.h"
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
@@ -37,6 +38,11 @@ template <class real>
 void run_backward(CellKind kind, const BackwardArgs<real>& args) {
   with_cell<real>(kind, args.weights.hr,
                   [&](auto cell) { Backward<real, decltype(cell)>(args).run(); });
+}
+
+inline void run_quantized(CellKind kind, const QuantizedArgs& args) {
+  with_cell<float>(kind, args.projected,
+                   [&](auto cell) { QuantizedForward<decltype(cell)>(args).run(); });
 }
 
 template <class real>

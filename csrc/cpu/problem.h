@@ -82,6 +82,8 @@ struct BackwardArgs {
   Plan plan;
 };
 
+struct QuantizedArgs;  // quantized_problem.h
+
 // Kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -91,6 +93,7 @@ struct Kernels {
   void (*forward_double)(CellKind, const ForwardArgs<double>&);
   void (*backward_float)(CellKind, const BackwardArgs<float>&);
   void (*backward_double)(CellKind, const BackwardArgs<double>&);
+  void (*quantized)(CellKind, const QuantizedArgs&);
 };
 
 }  // namespace rnn_ext

@@ -8,6 +8,7 @@
 #include "../cuda/device_limits.h"
 #include "cuda_layer.h"
 #include "cuda_numbers.h"
+#include "quantized.h"
 #include "stack.h"
 
 #ifndef RNN_EXT_CUDA_ARCHS
@@ -123,6 +124,33 @@ py::object one_step(const std::string& cell, const Tensor& input, const std::vec
   return shown(without_gil([&] { return run_cell(cell, input, hx, weights, bias); }));
 }
 
+// Packed w_ih, w_hh, second matrix, then their scales, b_ih, b_hh.
+using QuantizedTensors = std::array<OptionalTensor, 8>;
+
+QuantizedWeights quantized_weights(const QuantizedTensors& t) {
+  return {t[0].value(), t[1].value(), t[2], t[3], t[4], t[5], t[6], t[7]};
+}
+
+py::object quantized(const std::string& cell, const Tensor& input, const Tensor& h0,
+                     const OptionalTensor& c0, const QuantizedTensors& tensors,
+                     const OptionalTensor& batch_sizes, bool reverse) {
+  const QuantizedWeights weights = quantized_weights(tensors);
+  return shown(without_gil([&] {
+    return std::optional(quantized_layer(cell, input, h0, c0, weights, batch_sizes, reverse));
+  }));
+}
+
+py::object quantized_layers(const std::string& cell, const Tensor& input,
+                            const std::vector<Tensor>& hx,
+                            const std::vector<QuantizedTensors>& tensors, int directions,
+                            long hidden, long output, bool batch_first) {
+  std::vector<QuantizedWeights> weights;
+  for (const QuantizedTensors& t : tensors) weights.push_back(quantized_weights(t));
+  return shown(without_gil([&] {
+    return quantized_stack(cell, input, hx, weights, directions, hidden, output, batch_first);
+  }));
+}
+
 py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps, long batch,
                   long input, long hidden, long output, int directions) {
   const long real_bytes = dtype == "float64" ? 8 : 4;
@@ -201,6 +229,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_backward", &backward);
   m.def("run_stack", &stack);
   m.def("run_cell", &one_step);
+  m.def("quantized_layer", &quantized);
+  m.def("quantized_stack", &quantized_layers);
   m.def("both_forward", &forward_both);
   m.def("both_backward", &backward_both);
   m.def("gates_width", [](const std::string& cell, long hidden, size_t real_bytes) {
