@@ -27,6 +27,12 @@ def _on_cuda(tensor):
     return tensor.is_cuda
 
 
+def _multiplies(tensor):
+    """Whether the kernels multiply numbers of its dtype as they are, without widening them."""
+    narrow = tensor.dtype == torch.bfloat16 and not _C.cpu_multiplies_bfloat16()
+    return _on_cuda(tensor) or not narrow
+
+
 @torch.library.custom_op(
     "rnn_ext::layer",
     mutates_args=(),
@@ -51,8 +57,10 @@ def _layer(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, rever
 def _(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     wider = compute != input.dtype
-    # What only the kernels read is as wide as what they compute with on the CPU, not on CUDA.
+    # What only the kernels read is as wide as what they compute with on the CPU, not on CUDA; what
+    # they multiply, as wide as what they multiply with.
     stored = input.dtype if _on_cuda(input) else compute
+    multiplied = input.dtype if _multiplies(input) else stored
     leading = input.shape[:-1]
     output_size = h0.shape[1]
     gates = {"lstm": 4, "gru": 3, "gru_reset_before": 3}.get(cell, 1)
@@ -72,10 +80,10 @@ def _(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
         torch.empty_like(h0, memory_format=torch.contiguous_format),
         empty(*c0.shape) if lstm else empty(0),
         empty(*leading, hidden) if lstm else empty(0),
-        empty(*leading, output_size, dtype=stored) if stored != input.dtype else empty(0),
+        empty(*leading, output_size, dtype=multiplied) if multiplied != input.dtype else empty(0),
         empty(*leading, hidden, dtype=compute) if wider and lstm else empty(0),
         empty(rows, width, dtype=stored) if width else empty(0),
-        empty(rows, hidden, dtype=stored) if middle else empty(0),
+        empty(rows, hidden, dtype=multiplied) if middle else empty(0),
     )
 
 
@@ -92,7 +100,7 @@ def _layer_backward(
     tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     saved = [output, cells, gates, middle]
     if input.dtype in (torch.bfloat16, torch.float16):
-        saved[:2] = output if _on_cuda(input) else states, wide_cells
+        saved[:2] = output if _multiplies(input) else states, wide_cells
     gradients = _C.layer_backward(
         cell, *tensors, batch_sizes, reverse,
         saved[0], *(t if c0 is not None or i else None for i, t in enumerate(saved[1:])),

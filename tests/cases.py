@@ -96,8 +96,8 @@ def run_ours(case):
 def run_torch(case):
     """torch.nn's own kernels, or for what torch.nn lacks, the same arithmetic by ``composite``."""
     kind, hidden = TORCH.get(case.cell), case.tensors[3].size(0) // GATES.get(case.cell, 1)
-    # torch.nn runs backwards only beside a forward direction, and projects to fewer units only.
-    if kind is None or case.reverse or (case.tensors[7] is not None and hidden == 1):
+    # torch.nn projects to fewer units only.
+    if kind is None or (case.tensors[7] is not None and hidden == 1):
         return run(composite.layer, case)
 
     def layer(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
@@ -105,16 +105,25 @@ def run_torch(case):
         if w_hr is not None:
             options["proj_size"] = w_hr.size(0)
         module = getattr(torch.nn, kind)(
-            input.size(-1), hidden, bias=b_ih is not None, dtype=input.dtype, **options
+            input.size(-1),
+            hidden,
+            bias=b_ih is not None,
+            bidirectional=reverse,
+            dtype=input.dtype,
+            **options,
         )
-        weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
+        # It runs backwards only beside a forward direction, whose results nobody uses.
+        directions = 2 if reverse else 1
+        weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None] * directions
         named = dict(zip((name for name, _ in module.named_parameters()), weights))
-        hx = h0[None] if c0 is None else (h0[None], c0[None])
+        hx = torch.stack([h0] * directions)
+        hx = hx if c0 is None else (hx, torch.stack([c0] * directions))
         if batch_sizes is not None:
             input = torch.nn.utils.rnn.PackedSequence(input, batch_sizes)
         output, h = torch.func.functional_call(module, named, (input, hx))
         output = output if batch_sizes is None else output.data
-        return (output, h[0], None) if c0 is None else (output, h[0][0], h[1][0])
+        output = output[..., -h0.size(1) :]
+        return (output, h[-1], None) if c0 is None else (output, h[0][-1], h[1][-1])
 
     def without_cells(case):
         return Case(

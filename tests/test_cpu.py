@@ -144,7 +144,7 @@ def test_same_bits_every_time(cell):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_operator_passes_the_checks_of_torch(cell, dtype):
+def test_operator_passes_the_checks_of_torch(isa, cell, dtype):
     case = make_case(cell, (3, 2, 4, 6)).to(dtype)
     tensors = [None if t is None else t.requires_grad_() for t in case.tensors]
     torch.library.opcheck(torch.ops.rnn_ext.layer, (case.cell, *tensors, None, False))
@@ -152,7 +152,7 @@ def test_operator_passes_the_checks_of_torch(cell, dtype):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operator_and_function_agree(cell, dtype):
+def test_operator_and_function_agree(isa, cell, dtype):
     case = make_case(cell, (5, 4, 6, 19), ragged=True, reverse=True).to(dtype)
 
     def operator(cell, *tensors, batch_sizes, reverse):

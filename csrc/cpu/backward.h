@@ -9,29 +9,31 @@
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
-template <class real, class Cell, int phase>
-RNN_EXT_NOINLINE void finish_backward(const BackwardView<real>& view, long first, int rows,
-                                      long panel, long units, const real* products) {
+template <class value, class Cell, int phase>
+RNN_EXT_NOINLINE void finish_backward(const BackwardView<value>& view, long first, int rows,
+                                      long panel, long units, const Real<value>* products) {
   for (int i = 0; i < rows; i++)
-    for_units<real, PlainPanel>(
+    for_units<value, PlainPanel>(
         panel, units, [&](int b, long block, int lanes) __attribute__((always_inline)) {
-          const Vec<real> product =
-              products ? load(products + (i * 2 + b) * kLanes<real>) : Vec<real>{};
+          const Vec<value> product =
+              products ? load(products + (i * 2 + b) * kLanes<value>) : Vec<value>{};
           Cell::template backward<phase>(view, first + i, block, lanes, product);
         });
 }
 
-template <class real, class Cell>
+template <class value, class Cell>
 class Backward {
-  static constexpr int lanes = kLanes<real>, width = ColumnPanels<real>::width;
+  using real = Real<value>;
+  static constexpr int lanes = kLanes<value>, width = ColumnPanels<value>::width;
   static constexpr bool projected = Cell::phases == 2 && Cell::has_cell_state;
 
  public:
-  explicit Backward(const BackwardArgs<real>& args)
+  explicit Backward(const BackwardArgs<value>& args)
       : a_(args),
         hidden_(args.sizes.hidden),
         output_(args.sizes.output),
-        gates_width_(panels_of<real, typename Cell::Gates>(hidden_) * Cell::Gates::vectors * lanes),
+        gates_width_(panels_of<value, typename Cell::Gates>(hidden_) * Cell::Gates::vectors *
+                     lanes),
         delta_width_(Cell::deltas * hidden_ + kPadding) {}
 
   void run() {
@@ -52,22 +54,23 @@ class Backward {
   // Rows of delta are this much longer than they need be: rows a power of two apart share cache
   // sets.
   static constexpr long kPadding = 16;
-  static constexpr long kLongDepth = 1024;  // of a product of the time loop
+  static constexpr long kLongDepth = 1024 * kTogether<value>;  // of a product of the time loop
 
   void lay_out(Arena& arena) {
     const long rows = a_.steps.total();
-    first_.packed = arena.take<real>(ColumnPanels<real>::size(first_.depth, first_.columns));
+    first_.packed = arena.take<value>(ColumnPanels<value>::size(first_.depth, first_.columns));
     if constexpr (Cell::phases == 2)
-      second_.packed = arena.take<real>(ColumnPanels<real>::size(second_.depth, second_.columns));
+      second_.packed = arena.take<value>(ColumnPanels<value>::size(second_.depth, second_.columns));
     if (a_.dx)
-      input_.packed = arena.take<real>(ColumnPanels<real>::size(input_.depth, input_.columns));
-    delta_ = arena.take<real>(rows * delta_width_);
-    if constexpr (projected) dh_ = arena.take<real>(rows * output_ + kPadding);
+      input_.packed = arena.take<value>(ColumnPanels<value>::size(input_.depth, input_.columns));
+    delta_ = arena.take<value>(rows * delta_width_);
+    if constexpr (projected) dh_ = arena.take<value>(rows * output_ + kPadding);
     carry_ = arena.take<real>(a_.steps.batch * output_);
-    if (a_.dw_hh) previous_ = arena.take<const real*>(rows);
+    if (a_.dw_hh) previous_ = arena.take<const value*>(rows);
     if (first_.depth >= kLongDepth || second_.depth >= kLongDepth)
       sums_ = arena.take<real>((first_.count() + second_.count()) * a_.steps.batch * width);
-    scratch_ = arena.take<real>(a_.plan.threads * WeightGradient<real>::scratch());
+    scratch_ = arena.take<value>(a_.plan.threads * WeightGradient<value>::scratch());
+    if (a_.dx) wide_dx_ = arena.take<real>(a_.plan.threads * input_sums<value>(a_.sizes.input));
   }
 
   void work(const Member& member) const {
@@ -88,12 +91,12 @@ class Backward {
     if (a_.dx) {
       const long rows = a_.steps.total();
       input_gradient(segments, count, input_, member.begin(rows), member.end(rows), delta_,
-                     delta_width_, a_.dx);
+                     delta_width_, a_.dx, wide_dx_ + member.id * input_sums<value>(a_.sizes.input));
     }
   }
 
-  static void pack(const ColumnPanels<real>& panels, const Member& m, const real* matrix) {
-    panels.pack(m.begin(panels.count()), m.end(panels.count()), matrix, panels.depth, 0);
+  static void pack(const ColumnPanels<value>& panels, const Member& m, const value* matrix) {
+    panels.pack(m.begin(panels.count()), m.end(panels.count()), matrix);
   }
 
   // previous_[row]: the hidden state that this row's step started from
@@ -111,7 +114,7 @@ class Backward {
     const long rows = a_.steps.rows(t), continuing = a_.steps.continuing(t), at = a_.steps.begin(t);
     const long carried = a_.steps.carried(t);
     const long before = carried ? a_.steps.begin(a_.steps.previous(t)) : 0;
-    BackwardView<real> v{};
+    BackwardView<value> v{};
     v.hidden = hidden_;
     v.output = output_;
     v.gates_width = gates_width_;
@@ -160,17 +163,17 @@ class Backward {
     const long r0 = share.row_begin() > first ? share.row_begin() : first,
                r1 = share.row_end(a_.steps.rows(t));
     if (r0 >= r1) return;
-    const real* operand = delta_ + a_.steps.begin(t) * delta_width_;
+    const value* operand = delta_ + a_.steps.begin(t) * delta_width_;
     alignas(64) real products[kTileRows<2> * width];
     const long p1 = share.panel_end(first_.count());
     for (long p = share.panel_begin(first_.count()); p < p1; p++)
       for_row_blocks(r0, r1, kTileRows<2>, [&](long row, int count) {
-        tile_long<real, 2>(count, first_.depth, operand + row * delta_width_, delta_width_, 1,
-                           first_.panel(p), products, width, false);
+        tile_long<value, 2>(count, first_.depth, operand + row * delta_width_, delta_width_,
+                            kTogether<value>, first_.panel(p), products, width, false);
         for (int i = 0; i < count; i++)
-          for_units<real, PlainPanel>(p, output_, [&](int b, long block, int n) {
+          for_units<value, PlainPanel>(p, output_, [&](int b, long block, int n) {
             const long at = (row + i) * output_ + block * lanes;
-            Vec<real> dh0 = load(products + (i * 2 + b) * lanes);
+            Vec<value> dh0 = load(products + (i * 2 + b) * lanes);
             if (Cell::carries) dh0 += load(carry_ + at, n);
             store(a_.dh0 + at, dh0, n);
           });
@@ -178,8 +181,8 @@ class Backward {
   }
 
   template <int phase>
-  void run_phase(const ColumnPanels<real>& panels, const Share& share,
-                 const BackwardView<real>& view, const real* operand, long operand_width, long r0,
+  void run_phase(const ColumnPanels<value>& panels, const Share& share,
+                 const BackwardView<value>& view, const value* operand, long operand_width, long r0,
                  long r1) const {
     if (operand && panels.depth >= kLongDepth && r1 - r0 > kTileRows<2>)
       return run_long_phase<phase>(panels, share, view, operand, operand_width, r0, r1);
@@ -188,39 +191,41 @@ class Backward {
     for (long p = share.panel_begin(panels.count()); p < p1; p++)
       for_row_blocks(r0, r1, kTileRows<2>, [&](long first, int count) {
         if (operand)
-          tile_long<real, 2>(count, panels.depth, operand + first * operand_width, operand_width, 1,
-                             panels.panel(p), products, width, false);
-        finish_backward<real, Cell, phase>(view, first, count, p, panels.columns,
-                                           operand ? products : nullptr);
+          tile_long<value, 2>(count, panels.depth, operand + first * operand_width, operand_width,
+                              kTogether<value>, panels.panel(p), products, width, false);
+        finish_backward<value, Cell, phase>(view, first, count, p, panels.columns,
+                                            operand ? products : nullptr);
       });
   }
 
   // The same, a piece of the depth at a time for all panels: the operand, which may be larger than
   // the second-level cache, is then read once and not for every panel.
   template <int phase>
-  void run_long_phase(const ColumnPanels<real>& panels, const Share& share,
-                      const BackwardView<real>& view, const real* operand, long operand_width,
+  void run_long_phase(const ColumnPanels<value>& panels, const Share& share,
+                      const BackwardView<value>& view, const value* operand, long operand_width,
                       long r0, long r1) const {
+    constexpr long piece = kSumLength<value>;
     const long p0 = share.panel_begin(panels.count()), p1 = share.panel_end(panels.count());
-    for (long k = 0; k < panels.depth; k += kSumLength) {
-      const long left = panels.depth - k, part = left < kSumLength ? left : kSumLength;
+    for (long k = 0; k < panels.depth; k += piece) {
+      const long left = panels.depth - k, part = left < piece ? left : piece;
       for (long p = p0; p < p1; p++)
         for_row_blocks(r0, r1, kTileRows<2>, [&](long first, int count) {
           real* sums = sums_ + (p * a_.steps.batch + first) * width;
-          tile_for<real, 2>(count)(part, operand + first * operand_width + k, operand_width, 1,
-                                   panels.panel(p) + k * width, sums, width, k > 0);
+          tile_for<value, 2>(count)(part, operand + first * operand_width + k, operand_width,
+                                    kTogether<value>, panels.panel(p) + k * width, sums, width,
+                                    k > 0);
           if (part == left)
-            finish_backward<real, Cell, phase>(view, first, count, p, panels.columns, sums);
+            finish_backward<value, Cell, phase>(view, first, count, p, panels.columns, sums);
         });
     }
   }
 
   void parameters(const Member& m, const Segment* segments, int count) const {
     const long rows = a_.steps.total();
-    real* scratch = scratch_ + m.id * WeightGradient<real>::scratch();
+    value* scratch = scratch_ + m.id * WeightGradient<value>::scratch();
     for (const Segment* s = segments; s < segments + count; s++) {
       const long begin = m.begin(s->count), end = m.end(s->count);
-      Target<real> targets[2];
+      Target<value> targets[2];
       int wanted = 0;
       if (a_.dw_ih && s->input)
         targets[wanted++] = {{a_.x, a_.sizes.input, nullptr}, a_.sizes.input, a_.dw_ih};
@@ -229,25 +234,26 @@ class Backward {
       if (a_.dw_hh && s->recurrent == Operand::kMiddle)
         targets[wanted++] = {{a_.middle, hidden_, nullptr}, hidden_, a_.dw_hh};
       if (wanted)
-        WeightGradient<real>::run(*s, begin, end, delta_, delta_width_, targets, wanted, rows,
-                                  scratch);
+        WeightGradient<value>::run(*s, begin, end, delta_, delta_width_, targets, wanted, rows,
+                                   scratch);
       real* db_ih = s->input ? a_.db_ih : nullptr;
       real* db_hh = s->recurrent != Operand::kNone ? a_.db_hh : nullptr;
       if (db_ih || db_hh) bias_gradient(*s, begin, end, delta_, delta_width_, rows, db_ih, db_hh);
     }
     if constexpr (projected)
       if (a_.dw_hr) {
-        const Target<real> target{{a_.middle, hidden_, nullptr}, hidden_, a_.dw_hr};
-        WeightGradient<real>::run({0, 0, output_, false, Operand::kNone}, m.begin(output_),
-                                  m.end(output_), dh_, output_, &target, 1, rows, scratch);
+        const Target<value> target{{a_.middle, hidden_, nullptr}, hidden_, a_.dw_hr};
+        WeightGradient<value>::run({0, 0, output_, false, Operand::kNone}, m.begin(output_),
+                                   m.end(output_), dh_, output_, &target, 1, rows, scratch);
       }
   }
 
-  const BackwardArgs<real>& a_;
+  const BackwardArgs<value>& a_;
   const long hidden_, output_, gates_width_, delta_width_;
-  ColumnPanels<real> input_{}, first_{}, second_{};
-  real *delta_ = nullptr, *dh_ = nullptr, *carry_ = nullptr, *sums_ = nullptr, *scratch_ = nullptr;
-  const real** previous_ = nullptr;
+  ColumnPanels<value> input_{}, first_{}, second_{};
+  value *delta_ = nullptr, *dh_ = nullptr, *scratch_ = nullptr;
+  real *carry_ = nullptr, *sums_ = nullptr, *wide_dx_ = nullptr;
+  const value** previous_ = nullptr;
 };
 
 }  // namespace rnn_ext::RNN_EXT_TARGET

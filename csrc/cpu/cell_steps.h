@@ -19,24 +19,30 @@ namespace rnn_ext::RNN_EXT_TARGET {
 
 // Row 0 of one step. Rows of `gates` are [blocks][gates][kLanes]; those of h and d_out have
 // `output` columns, all others `hidden` or what is said.
-template <class real>
+template <class value>
 struct ForwardView {
+  using real = Real<value>;
   long hidden, output, gates_width;
   real* gates;              // holds W x on entry; the activations when saving
   const real* bias;         // one row of gates
   const real* hidden_bias;  // reset-after GRU: b_rn, [blocks][kLanes]
-  const real *h_prev, *c_prev;
-  real *h, *c, *middle;
+  const value* h_prev;
+  const real* c_prev;
+  value *h, *middle;
+  real* c;
 };
 
-template <class real>
+template <class value>
 struct BackwardView {
+  using real = Real<value>;
   long hidden, output, gates_width, delta_width;
-  const real *gates, *h_prev, *h, *c_prev, *c, *middle;
-  const real *d_out, *d_c;  // or null
-  real* delta;              // [delta_width]: dL/d(net input), gate after gate, unit stride
-  real* dh;                 // projected LSTM: dL/dh, [output]
-  real* carry;  // dL/dh' that does not go through the product; dL/dh_n where a sequence ends
+  const value *h_prev, *h, *middle;
+  const real *gates, *c_prev, *c;
+  const value* d_out;  // or null
+  const real* d_c;     // or null
+  value* delta;        // [delta_width]: dL/d(net input), gate after gate, unit stride
+  value* dh;           // projected LSTM: dL/dh, [output]
+  real* carry;         // dL/dh' that does not go through the product; dL/dh_n where a sequence ends
   bool add_carry;
   real* dc;
 };
@@ -53,18 +59,18 @@ struct Segment {
   Operand recurrent;
 };
 
-template <class real>
-RNN_EXT_INLINE Vec<real> upstream(const BackwardView<real>& v, long row, long unit, int lanes,
-                                  Vec<real> product) {
+template <class value>
+RNN_EXT_INLINE Vec<value> upstream(const BackwardView<value>& v, long row, long unit, int lanes,
+                                   Vec<value> product) {
   const long at = row * v.output + unit;
   if (v.d_out) product += load(v.d_out + at, lanes);
   if (v.add_carry) product += load(v.carry + at, lanes);
   return product;
 }
 
-template <class real, class Activation>
+template <class value, class Activation>
 struct ElmanSteps {
-  using V = Vec<real>;
+  using V = Vec<value>;
   using Cell = Elman<V, Activation>;
   using Gates = PanelShape<1, 2>;  // panels of W
   using First = Gates;             // panels of the first recurrent product
@@ -77,26 +83,27 @@ struct ElmanSteps {
   }
 
   template <int phase, bool save>
-  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,
+  RNN_EXT_INLINE static void forward(const ForwardView<value>& v, long row, long block, int lanes,
                                      const V* product) {
-    const long unit = block * kLanes<real>;
+    const long unit = block * kLanes<value>;
     const V a = product[0] + load(v.gates + row * v.gates_width + unit) + load(v.bias + unit);
     store(v.h + row * v.hidden + unit, Cell::forward(a), lanes);
   }
 
   template <int phase>
-  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes,
+  RNN_EXT_INLINE static void backward(const BackwardView<value>& v, long row, long block, int lanes,
                                       V product) {
-    const long unit = block * kLanes<real>;
+    const long unit = block * kLanes<value>;
     const V h = load(v.h + row * v.hidden + unit, lanes);
     const V dh = upstream(v, row, unit, lanes, product);
     store(v.delta + row * v.delta_width + unit, Cell::vjp(h, dh), lanes);
   }
 };
 
-template <class real, bool projected>
+template <class value, bool projected>
 struct LstmSteps {
-  using V = Vec<real>;
+  using real = Real<value>;
+  using V = Vec<value>;
   using Cell = Lstm<V>;
   using Gates = PanelShape<4, 1>;
   using First = Gates;
@@ -109,9 +116,9 @@ struct LstmSteps {
   }
 
   template <int phase, bool save>
-  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,
+  RNN_EXT_INLINE static void forward(const ForwardView<value>& v, long row, long block, int lanes,
                                      const V* product) {
-    constexpr int w = kLanes<real>;
+    constexpr int w = kLanes<value>;
     const long unit = block * w;
     if constexpr (phase == 1) {
       store(v.h + row * v.output + unit, product[0], lanes);
@@ -137,9 +144,9 @@ struct LstmSteps {
   }
 
   template <int phase>
-  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes,
+  RNN_EXT_INLINE static void backward(const BackwardView<value>& v, long row, long block, int lanes,
                                       V product) {
-    constexpr int w = kLanes<real>;
+    constexpr int w = kLanes<value>;
     const long unit = block * w;
     if constexpr (projected && phase == 0) {
       store(v.dh + row * v.output + unit, upstream(v, row, unit, lanes, product), lanes);
@@ -154,7 +161,7 @@ struct LstmSteps {
     typename Cell::Gates delta;
     Cell::vjp(gates, load(v.c_prev + at, lanes), load(v.c + at, lanes), dm, dc, delta, dc_prev);
     store(v.dc + at, dc_prev, lanes);
-    real* d = v.delta + row * v.delta_width + unit;
+    value* d = v.delta + row * v.delta_width + unit;
     store(d, delta.i, lanes);
     store(d + v.hidden, delta.f, lanes);
     store(d + 2 * v.hidden, delta.g, lanes);
@@ -163,9 +170,10 @@ struct LstmSteps {
 };
 
 // delta: r, z, n of the hidden side, n of the input's side
-template <class real>
+template <class value>
 struct GruSteps {
-  using V = Vec<real>;
+  using real = Real<value>;
+  using V = Vec<value>;
   using Cell = GruResetAfter<V>;
   using Gates = PanelShape<3, 1>;
   using First = Gates;
@@ -181,9 +189,9 @@ struct GruSteps {
   }
 
   template <int phase, bool save>
-  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,
+  RNN_EXT_INLINE static void forward(const ForwardView<value>& v, long row, long block, int lanes,
                                      const V* product) {
-    constexpr int w = kLanes<real>;
+    constexpr int w = kLanes<value>;
     const long unit = block * w;
     real* g = v.gates + row * v.gates_width + unit * 3;
     const real* bias = v.bias + unit * 3;
@@ -202,9 +210,9 @@ struct GruSteps {
   }
 
   template <int phase>
-  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes,
+  RNN_EXT_INLINE static void backward(const BackwardView<value>& v, long row, long block, int lanes,
                                       V product) {
-    constexpr int w = kLanes<real>;
+    constexpr int w = kLanes<value>;
     const long unit = block * w, at = row * v.hidden + unit;
     const V dh = upstream(v, row, unit, lanes, product);
     const real* g = v.gates + row * v.gates_width + unit * 3;
@@ -214,7 +222,7 @@ struct GruSteps {
     Cell::vjp(gates, load(v.middle + at, lanes), load(v.h_prev + at, lanes), dh, delta,
               delta_hidden_n, carry);
     store(v.carry + at, carry, lanes);
-    real* d = v.delta + row * v.delta_width + unit;
+    value* d = v.delta + row * v.delta_width + unit;
     store(d, delta.r, lanes);
     store(d + v.hidden, delta.z, lanes);
     store(d + 2 * v.hidden, delta_hidden_n, lanes);
@@ -222,9 +230,10 @@ struct GruSteps {
   }
 };
 
-template <class real>
+template <class value>
 struct GruResetBeforeSteps {
-  using V = Vec<real>;
+  using real = Real<value>;
+  using V = Vec<value>;
   using Cell = GruResetBefore<V>;
   using Gates = PanelShape<3, 1>;
   using First = PanelShape<2, 1>;
@@ -239,9 +248,9 @@ struct GruResetBeforeSteps {
   }
 
   template <int phase, bool save>
-  RNN_EXT_INLINE static void forward(const ForwardView<real>& v, long row, long block, int lanes,
+  RNN_EXT_INLINE static void forward(const ForwardView<value>& v, long row, long block, int lanes,
                                      const V* product) {
-    constexpr int w = kLanes<real>;
+    constexpr int w = kLanes<value>;
     const long unit = block * w, at = row * v.hidden + unit;
     real* g = v.gates + row * v.gates_width + unit * 3;
     const real* bias = v.bias + unit * 3;
@@ -259,13 +268,13 @@ struct GruResetBeforeSteps {
   }
 
   template <int phase>
-  RNN_EXT_INLINE static void backward(const BackwardView<real>& v, long row, long block, int lanes,
+  RNN_EXT_INLINE static void backward(const BackwardView<value>& v, long row, long block, int lanes,
                                       V product) {
-    constexpr int w = kLanes<real>;
+    constexpr int w = kLanes<value>;
     const long unit = block * w, at = row * v.hidden + unit;
     const real* g = v.gates + row * v.gates_width + unit * 3;
     const V h_prev = load(v.h_prev + at, lanes);
-    real* d = v.delta + row * v.delta_width + unit;
+    value* d = v.delta + row * v.delta_width + unit;
     if constexpr (phase == 0) {
       V delta_z, delta_n, carry;
       Cell::interpolate_vjp(load(g + w), load(g + 2 * w), h_prev,

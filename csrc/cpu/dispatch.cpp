@@ -8,16 +8,31 @@ namespace rnn_ext {
 
 #if defined(__x86_64__)
 extern const Kernels kernels_avx512, kernels_avx2, kernels_sse2;
+extern const Bfloat16Kernels bfloat16_avx512;
 #else
 extern const Kernels kernels_neon;
 #endif
 
 namespace {
 
+#if defined(__x86_64__)
+// avx512, but for bfloat16.
+const Kernels& kernels_avx512_bf16() {
+  static const Kernels kernels = [] {
+    Kernels k = kernels_avx512;
+    k.name = "avx512_bf16";
+    k.supported = [] { return kernels_avx512.supported() && bfloat16_avx512.supported(); };
+    k.bfloat16 = &bfloat16_avx512;
+    return k;
+  }();
+  return kernels;
+}
+#endif
+
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-  for (const Kernels* k : {&kernels_avx512, &kernels_avx2, &kernels_sse2})
+  for (const Kernels* k : {&kernels_avx512_bf16(), &kernels_avx512, &kernels_avx2, &kernels_sse2})
 #else
   for (const Kernels* k : {&kernels_neon})
 #endif

@@ -34,44 +34,45 @@ struct Share {
   }
 };
 
-template <class real, class Shape, class Body>
+template <class value, class Shape, class Body>
 RNN_EXT_INLINE void for_units(long panel, long units, const Body& body) {
   for (int b = 0; b < Shape::blocks; b++) {
-    const long block = panel * Shape::blocks + b, left = units - block * kLanes<real>;
+    const long block = panel * Shape::blocks + b, left = units - block * kLanes<value>;
     if (left <= 0) return;
-    body(b, block, left < kLanes<real> ? int(left) : kLanes<real>);
+    body(b, block, left < kLanes<value> ? int(left) : kLanes<value>);
   }
 }
 
 // Reads: products [rows][Shape::vectors * kLanes]. Writes: what Cell::forward<phase> writes. One
 // thread.
-template <class real, class Cell, class Shape, int phase, bool save>
-RNN_EXT_NOINLINE void finish_forward(const ForwardView<real>& view, long first, int rows,
-                                     long panel, long units, const real* products) {
-  constexpr int stride = Shape::vectors * kLanes<real>;
+template <class value, class Cell, class Shape, int phase, bool save>
+RNN_EXT_NOINLINE void finish_forward(const ForwardView<value>& view, long first, int rows,
+                                     long panel, long units, const Real<value>* products) {
+  constexpr int stride = Shape::vectors * kLanes<value>;
   for (int i = 0; i < rows; i++)
-    for_units<real, Shape>(
+    for_units<value, Shape>(
         panel, units, [&](int b, long block, int lanes) __attribute__((always_inline)) {
-          Vec<real> product[Shape::gates];
+          Vec<value> product[Shape::gates];
           RNN_EXT_UNROLL
           for (int g = 0; g < Shape::gates; g++)
-            product[g] = load(products + i * stride + (b * Shape::gates + g) * kLanes<real>);
+            product[g] = load(products + i * stride + (b * Shape::gates + g) * kLanes<value>);
           Cell::template forward<phase, save>(view, first + i, block, lanes, product);
         });
 }
 
-template <class real, class Cell, bool save>
+template <class value, class Cell, bool save>
 class Forward {
+  using real = Real<value>;
   using First = typename Cell::First;
   using Gates = typename Cell::Gates;
-  static constexpr int lanes = kLanes<real>;
+  static constexpr int lanes = kLanes<value>;
 
  public:
-  explicit Forward(const ForwardArgs<real>& args)
+  explicit Forward(const ForwardArgs<value>& args)
       : a_(args),
         hidden_(args.sizes.hidden),
         output_(args.sizes.output),
-        width_(panels_of<real, Gates>(hidden_) * Gates::vectors * lanes) {}
+        width_(panels_of<value, Gates>(hidden_) * Gates::vectors * lanes) {}
 
   void run() {
     input_ = {a_.weights.ih, hidden_, a_.sizes.input, nullptr};
@@ -95,15 +96,15 @@ class Forward {
  private:
   void lay_out(Arena& arena) {
     bias_ = arena.take<real>(width_);
-    hidden_bias_ = arena.take<real>(blocks_of<real>(hidden_) * lanes);
+    hidden_bias_ = arena.take<real>(blocks_of<value>(hidden_) * lanes);
     if (a_.plan.pack) {
-      input_.packed = arena.take<real>(Panels<real, Gates>::size(hidden_, a_.sizes.input));
-      first_.packed = arena.take<real>(Panels<real, First>::size(hidden_, output_));
+      input_.packed = arena.take<value>(Panels<value, Gates>::size(hidden_, a_.sizes.input));
+      first_.packed = arena.take<value>(Panels<value, First>::size(hidden_, output_));
       if constexpr (Cell::phases == 2)
-        second_.packed = arena.take<real>(Panels<real, PlainPanel>::size(second_.units, hidden_));
+        second_.packed = arena.take<value>(Panels<value, PlainPanel>::size(second_.units, hidden_));
     }
     gates_ = keep_all_gates_ ? a_.gates : arena.take<real>(chunk_rows() * width_);
-    middle_ = save || !Cell::keeps_middle ? a_.middle : arena.take<real>(a_.steps.batch * hidden_);
+    middle_ = save || !Cell::keeps_middle ? a_.middle : arena.take<value>(a_.steps.batch * hidden_);
   }
 
   long chunk_steps() const {
@@ -115,9 +116,9 @@ class Forward {
   // bias_: b_ih + b_hh in the order of the gates; a cell with split_bias keeps b_hh of its last
   // gate apart.
   void pack_bias() {
-    const Weights<real>& w = a_.weights;
+    const Weights<value>& w = a_.weights;
     for (long i = 0; i < width_; i++) bias_[i] = 0;
-    for (long i = 0; i < blocks_of<real>(hidden_) * lanes; i++) hidden_bias_[i] = 0;
+    for (long i = 0; i < blocks_of<value>(hidden_) * lanes; i++) hidden_bias_[i] = 0;
     if (!w.b_ih) return;
     for (long u = 0; u < hidden_; u++)
       for (int g = 0; g < Cell::gates; g++) {
@@ -130,7 +131,7 @@ class Forward {
   }
 
   template <class Shape>
-  static void pack(const Panels<real, Shape>& panels, const Member& m) {
+  static void pack(const Panels<value, Shape>& panels, const Member& m) {
     panels.pack(m.begin(panels.count()), m.end(panels.count()));
   }
 
@@ -187,7 +188,7 @@ class Forward {
   void step(const Share& share, long t, long low) const {
     const long rows = a_.steps.rows(t), carried = a_.steps.carried(t), at = a_.steps.begin(t);
     const long before = carried ? a_.steps.begin(a_.steps.previous(t)) : 0;
-    ForwardView<real> v{};
+    ForwardView<value> v{};
     v.hidden = hidden_;
     v.output = output_;
     v.gates_width = width_;
@@ -197,7 +198,7 @@ class Forward {
     v.h = a_.out + at * output_;
     v.middle = middle_ + (save && Cell::keeps_middle ? at * hidden_ : 0);
     v.c = a_.c + (save && Cell::has_cell_state ? at * hidden_ : 0);
-    ForwardView<real> fresh = v;
+    ForwardView<value> fresh = v;
     v.h_prev = a_.out + before * output_;
     v.c_prev = save ? a_.c + before * hidden_ : a_.c;
     fresh.h_prev = a_.h0;
@@ -216,8 +217,8 @@ class Forward {
   }
 
   template <int phase_index, class Shape>
-  void phase(const Panels<real, Shape>& panels, const Share& share, const ForwardView<real>& view,
-             const real* operand, long operand_width, long r0, long r1, long units) const {
+  void phase(const Panels<value, Shape>& panels, const Share& share, const ForwardView<value>& view,
+             const value* operand, long operand_width, long r0, long r1, long units) const {
     if (r0 >= r1) return;
     alignas(64) real products[kTileRows<Shape::vectors> * Shape::vectors * lanes];
     const long p1 = share.panel_end(panels.count());
@@ -225,18 +226,19 @@ class Forward {
       for_row_blocks(r0, r1, kTileRows<Shape::vectors>, [&](long first, int count) {
         panels.multiply(p, count, operand + first * operand_width, operand_width, products,
                         Shape::vectors * lanes, false);
-        finish_forward<real, Cell, Shape, phase_index, save>(view, first, count, p, units,
-                                                             products);
+        finish_forward<value, Cell, Shape, phase_index, save>(view, first, count, p, units,
+                                                              products);
       });
   }
 
-  const ForwardArgs<real>& a_;
+  const ForwardArgs<value>& a_;
   const long hidden_, output_, width_;
   bool keep_all_gates_ = false;
-  Panels<real, Gates> input_{};
-  Panels<real, First> first_{};
-  Panels<real, PlainPanel> second_{};
-  real *bias_ = nullptr, *hidden_bias_ = nullptr, *gates_ = nullptr, *middle_ = nullptr;
+  Panels<value, Gates> input_{};
+  Panels<value, First> first_{};
+  Panels<value, PlainPanel> second_{};
+  real *bias_ = nullptr, *hidden_bias_ = nullptr, *gates_ = nullptr;
+  value* middle_ = nullptr;
 };
 
 }  // namespace rnn_ext::RNN_EXT_TARGET

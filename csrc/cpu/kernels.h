@@ -1,57 +1,61 @@
 // Everything above, instantiated for every cell and dtype: the table that isa_*.cpp exports.
 #pragma once
 #include "backward.h"
+#ifndef RNN_EXT_BFLOAT16
 #include "quantized.h"
+#endif
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
 // Calls body with a value of the type that implements the cell.
-template <class real, class Body>
+template <class value, class Body>
 void with_cell(CellKind kind, bool projected, const Body& body) {
   switch (kind) {
     case CellKind::kRnnTanh:
-      return body(ElmanSteps<real, Tanh>{});
+      return body(ElmanSteps<value, Tanh>{});
     case CellKind::kRnnRelu:
-      return body(ElmanSteps<real, Relu>{});
+      return body(ElmanSteps<value, Relu>{});
     case CellKind::kRnnSigmoid:
-      return body(ElmanSteps<real, Sigmoid>{});
+      return body(ElmanSteps<value, Sigmoid>{});
     case CellKind::kLstm:
-      return projected ? body(LstmSteps<real, true>{}) : body(LstmSteps<real, false>{});
+      return projected ? body(LstmSteps<value, true>{}) : body(LstmSteps<value, false>{});
     case CellKind::kGru:
-      return body(GruSteps<real>{});
+      return body(GruSteps<value>{});
     case CellKind::kGruResetBefore:
-      return body(GruResetBeforeSteps<real>{});
+      return body(GruResetBeforeSteps<value>{});
   }
 }
 
-template <class real>
-void run_forward(CellKind kind, const ForwardArgs<real>& args) {
-  with_cell<real>(kind, args.weights.hr, [&](auto cell) {
+template <class value>
+void run_forward(CellKind kind, const ForwardArgs<value>& args) {
+  with_cell<value>(kind, args.weights.hr, [&](auto cell) {
     if (args.save)
-      Forward<real, decltype(cell), true>(args).run();
+      Forward<value, decltype(cell), true>(args).run();
     else
-      Forward<real, decltype(cell), false>(args).run();
+      Forward<value, decltype(cell), false>(args).run();
   });
 }
 
-template <class real>
-void run_backward(CellKind kind, const BackwardArgs<real>& args) {
-  with_cell<real>(kind, args.weights.hr,
-                  [&](auto cell) { Backward<real, decltype(cell)>(args).run(); });
+template <class value>
+void run_backward(CellKind kind, const BackwardArgs<value>& args) {
+  with_cell<value>(kind, args.weights.hr,
+                   [&](auto cell) { Backward<value, decltype(cell)>(args).run(); });
 }
 
+#ifndef RNN_EXT_BFLOAT16
 inline void run_quantized(CellKind kind, const QuantizedArgs& args) {
   with_cell<float>(kind, args.projected,
                    [&](auto cell) { QuantizedForward<decltype(cell)>(args).run(); });
 }
+#endif
 
-template <class real>
+template <class value>
 long gates_width(CellKind kind, long hidden) {
   long width = 0;
-  with_cell<real>(kind, false, [&](auto cell) {
+  with_cell<value>(kind, false, [&](auto cell) {
     using Cell = decltype(cell);
     if (Cell::keeps_gates)
-      width = panels_of<real, typename Cell::Gates>(hidden) * Cell::Gates::vectors * kLanes<real>;
+      width = panels_of<value, typename Cell::Gates>(hidden) * Cell::Gates::vectors * kLanes<value>;
   });
   return width;
 }

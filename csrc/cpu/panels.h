@@ -13,70 +13,77 @@ struct PanelShape {
 };
 using PlainPanel = PanelShape<1, 2>;
 
-template <class real>
+template <class value>
 RNN_EXT_INLINE long blocks_of(long units) {
-  return (units + kLanes<real> - 1) / kLanes<real>;
+  return (units + kLanes<value> - 1) / kLanes<value>;
 }
 
-template <class real, class Shape>
+template <class value, class Shape>
 RNN_EXT_INLINE long panels_of(long units) {
-  return (blocks_of<real>(units) + Shape::blocks - 1) / Shape::blocks;
+  return (blocks_of<value>(units) + Shape::blocks - 1) / Shape::blocks;
 }
 
 // The right-hand side of y = W x, for W of `gates` matrices [units, depth] stored one under the
-// other. Packed: panel p is [depth][blocks][gates][kLanes], zero beyond the last unit. Not packed:
-// read where it is.
-template <class real, class Shape>
+// other. Packed: panel p is [groups of depth][blocks][gates][kLanes][kTogether], zero beyond the
+// last unit and the last value of a sum. Not packed: read where it is.
+template <class value, class Shape>
 struct Panels {
-  const real* rows;  // W
-  long units, depth;
-  real* packed;  // null: not packed
+  using real = Real<value>;
+  using F = Factors<value>;
+  static constexpr int together = kTogether<value>;
 
-  static size_t size(long units, long depth) {
-    return size_t(panels_of<real, Shape>(units)) * depth * Shape::vectors * kLanes<real>;
+  const value* rows;  // W
+  long units, depth;
+  value* packed;  // null: not packed
+
+  static size_t panel_size(long depth) {
+    return size_t(groups_of<value>(depth)) * together * Shape::vectors * kLanes<value>;
   }
-  long count() const { return panels_of<real, Shape>(units); }
+  static size_t size(long units, long depth) {
+    return panels_of<value, Shape>(units) * panel_size(depth);
+  }
+  long count() const { return panels_of<value, Shape>(units); }
 
   // Row of W that stands first in vector `v` of panel p, and how many rows of it exist.
-  RNN_EXT_INLINE const real* first_row(long p, int v, int& lanes) const {
-    const long unit = (p * Shape::blocks + v / Shape::gates) * kLanes<real>;
+  RNN_EXT_INLINE const value* first_row(long p, int v, int& lanes) const {
+    const long unit = (p * Shape::blocks + v / Shape::gates) * kLanes<value>;
     const long left = units - unit;
-    lanes = left <= 0 ? 0 : left < kLanes<real> ? int(left) : kLanes<real>;
+    lanes = left <= 0 ? 0 : left < kLanes<value> ? int(left) : kLanes<value>;
     return rows + (v % Shape::gates * units + unit) * depth;
   }
 
   // Writes panels [begin, end).
   RNN_EXT_NOINLINE void pack(long begin, long end) const {
-    constexpr int lanes = kLanes<real>;
-    constexpr long stride = Shape::vectors * lanes;
+    constexpr int lanes = kLanes<value>;
+    constexpr long stride = Shape::vectors * lanes * together;
     for (long p = begin; p < end; p++)
       for (int v = 0; v < Shape::vectors; v++) {
         int valid;
-        const real* from = first_row(p, v, valid);
-        real* to = packed + p * depth * stride + v * lanes;
+        const value* from = first_row(p, v, valid);
+        value* to = packed + p * panel_size(depth) + v * lanes * together;
         long k = 0;
         if (valid == lanes)
-          for (; k + lanes <= depth; k += lanes) {
-            Vec<real> square[lanes];
+          for (; k + lanes * together <= depth; k += lanes * together, to += lanes * stride) {
+            Vec<value> square[lanes];
             RNN_EXT_UNROLL
-            for (int l = 0; l < lanes; l++) square[l] = load(from + l * depth + k);
+            for (int l = 0; l < lanes; l++) square[l] = F::load_groups(from + l * depth + k);
             transpose<real>(square);
             RNN_EXT_UNROLL
-            for (int l = 0; l < lanes; l++) store(to + (k + l) * stride, square[l]);
+            for (int l = 0; l < lanes; l++) F::store_groups(to + l * stride, square[l]);
           }
-        for (; k < depth; k++)
+        for (; k < depth; k += together, to += stride)
           for (int l = 0; l < lanes; l++)
-            to[k * stride + l] = l < valid ? from[l * depth + k] : real(0);
+            for (int j = 0; j < together; j++)
+              to[l * together + j] = l < valid && k + j < depth ? from[l * depth + k + j] : value{};
       }
   }
 
   // c[row_count][vectors * kLanes] (+)= rows a times panel p
-  RNN_EXT_INLINE void multiply(long p, int row_count, const real* a, long a_row, real* c,
+  RNN_EXT_INLINE void multiply(long p, int row_count, const value* a, long a_row, real* c,
                                long c_row, bool accumulate) const {
     if (packed)
-      tile_long<real, Shape::vectors>(row_count, depth, a, a_row, 1,
-                                      packed + p * depth * Shape::vectors * kLanes<real>, c, c_row,
-                                      accumulate);
+      tile_long<value, Shape::vectors>(row_count, depth, a, a_row, together,
+                                       packed + p * panel_size(depth), c, c_row, accumulate);
     else
       multiply_in_place(p, row_count, a, a_row, c, c_row, accumulate);
   }
@@ -84,42 +91,46 @@ struct Panels {
  private:
   // Dot products with rows of W as they lie: kLanes of them side by side, summed across by a
   // transposition.
-  RNN_EXT_NOINLINE void multiply_in_place(long p, int row_count, const real* a, long a_row, real* c,
-                                          long c_row, bool accumulate) const {
-    constexpr int lanes = kLanes<real>;
+  RNN_EXT_NOINLINE void multiply_in_place(long p, int row_count, const value* a, long a_row,
+                                          real* c, long c_row, bool accumulate) const {
+    constexpr int lanes = kLanes<value>;
     for (int v = 0; v < Shape::vectors; v++) {
       int valid;
-      const real* w = first_row(p, v, valid);
+      const value* w = first_row(p, v, valid);
       for (int i = 0; i < row_count; i++) {
         real* out = c + i * c_row + v * lanes;
-        Vec<real> sum = dots(w, valid, a + i * a_row);
+        Vec<value> sum = dots(w, valid, a + i * a_row);
         store(out, accumulate ? load(out) + sum : sum);
       }
     }
   }
 
-  RNN_EXT_INLINE Vec<real> dots(const real* w, int valid, const real* a) const {
-    constexpr int lanes = kLanes<real>;
-    Vec<real> acc[lanes];
+  RNN_EXT_INLINE Vec<value> dots(const value* w, int valid, const value* a) const {
+    constexpr int lanes = kLanes<value>;
+    Vec<value> acc[lanes];
     RNN_EXT_UNROLL
-    for (int l = 0; l < lanes; l++) acc[l] = Vec<real>{};
+    for (int l = 0; l < lanes; l++) acc[l] = Vec<value>{};
     long k = 0;
+    constexpr int step = lanes * together;
     if (valid == lanes) {
-      for (; k + lanes <= depth; k += lanes) {
-        const Vec<real> ak = load(a + k);
+      for (; k + step <= depth; k += step) {
+        const Vec<value> ak = F::load_groups(a + k);
         RNN_EXT_UNROLL
-        for (int l = 0; l < lanes; l++) acc[l] += ak * load(w + l * depth + k);
+        for (int l = 0; l < lanes; l++)
+          acc[l] = F::multiply_add(acc[l], ak, F::load_groups(w + l * depth + k));
       }
     } else {
-      for (; k + lanes <= depth; k += lanes) {
-        const Vec<real> ak = load(a + k);
-        for (int l = 0; l < valid; l++) acc[l] += ak * load(w + l * depth + k);
+      for (; k + step <= depth; k += step) {
+        const Vec<value> ak = F::load_groups(a + k);
+        for (int l = 0; l < valid; l++)
+          acc[l] = F::multiply_add(acc[l], ak, F::load_groups(w + l * depth + k));
       }
     }
     if (k < depth) {
       const int rest = int(depth - k);
-      const Vec<real> ak = load(a + k, rest);
-      for (int l = 0; l < valid; l++) acc[l] += ak * load(w + l * depth + k, rest);
+      const Vec<value> ak = F::load_groups(a + k, rest);
+      for (int l = 0; l < valid; l++)
+        acc[l] = F::multiply_add(acc[l], ak, F::load_groups(w + l * depth + k, rest));
     }
     transpose<real>(acc);
     RNN_EXT_UNROLL
@@ -130,36 +141,45 @@ struct Panels {
 };
 
 // The right-hand side of y = x M for M [depth, columns] as stored (the backward products): panel p
-// is [depth][2 * kLanes] columns of M. Rows of M may come from several places: pack() takes them
-// piece by piece.
-template <class real>
+// is [groups of depth][2 * kLanes][kTogether] of columns of M.
+template <class value>
 struct ColumnPanels {
   long depth, columns;
-  real* packed;
-  static constexpr int width = 2 * kLanes<real>;
+  value* packed;
+  static constexpr int lanes = kLanes<value>, width = 2 * lanes, together = kTogether<value>;
 
-  static size_t size(long depth, long columns) {
-    return size_t(panels_of<real, PlainPanel>(columns)) * depth * width;
+  static size_t panel_size(long depth) {
+    return size_t(groups_of<value>(depth)) * together * width;
   }
-  long count() const { return panels_of<real, PlainPanel>(columns); }
-  const real* panel(long p) const { return packed + p * depth * width; }
+  static size_t size(long depth, long columns) {
+    return panels_of<value, PlainPanel>(columns) * panel_size(depth);
+  }
+  long count() const { return panels_of<value, PlainPanel>(columns); }
+  const value* panel(long p) const { return packed + p * panel_size(depth); }
 
-  // Copies rows [0, n) of m to rows [at, at + n) of panels [begin, end).
-  RNN_EXT_NOINLINE void pack(long begin, long end, const real* m, long n, long at) const {
+  // Copies m into panels [begin, end).
+  RNN_EXT_NOINLINE void pack(long begin, long end, const value* m) const {
     for (long p = begin; p < end; p++) {
-      const long left = columns - p * width;
-      real* to = packed + (p * depth + at) * width;
-      const real* from = m + p * width;
-      if (left >= width) {
-        for (long k = 0; k < n; k++, to += width, from += columns) {
-          store(to, load(from));
-          store(to + kLanes<real>, load(from + kLanes<real>));
-        }
-      } else {
-        for (long k = 0; k < n; k++, to += width, from += columns)
-          for (long l = 0; l < width; l++) to[l] = l < left ? from[l] : real(0);
-      }
+      value* to = packed + p * panel_size(depth);
+      const value* from = m + p * width;
+      for (long k = 0; k < depth; k += together, to += width * together, from += together * columns)
+        pack_rows(from, k + 1 < depth ? from + columns : nullptr, columns - p * width, to);
     }
+  }
+
+  // A group of each of two registers of columns, of which `wide` exist.
+  RNN_EXT_INLINE static void pack_rows(const value* row, const value* next, long wide, value* to) {
+    using F = Factors<value>;
+    if (wide >= width) {
+      F::store_groups(to, F::columns(row, next, lanes));
+      F::store_groups(to + lanes * together,
+                      F::columns(row + lanes, next ? next + lanes : next, lanes));
+      return;
+    }
+    const int first = wide < lanes ? int(wide) : lanes, second = int(wide) - first;
+    F::store_groups(to, F::columns(row, next, first));
+    F::store_groups(to + lanes * together,
+                    F::columns(row + first, next ? next + first : next, second));
   }
 };
 

@@ -31,7 +31,7 @@ Plan choose_plan(const PlanShape& s) {
     return {1, Split::kNone, pack, "too little work for a team of threads"};
 
   const long row_threads = s.batch / kMinRowsPerThread;
-  const long weight_bytes = s.gates * s.hidden * s.output * s.real_bytes;
+  const long weight_bytes = s.gates * s.hidden * s.output * s.value_bytes;
   if (row_threads >= s.max_threads && weight_bytes <= kMaxSharedWeightBytes)
     return {s.max_threads, Split::kRows, pack, "enough rows for every thread"};
   if (columns >= s.max_threads && flops_per_step >= kMinFlopsPerBarrier)

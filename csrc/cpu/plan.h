@@ -12,7 +12,7 @@ enum class Split {
 
 struct PlanShape {
   long steps, batch, input, hidden, output, gates;  // T, B, I, H, P, gates per unit
-  long real_bytes;
+  long value_bytes;                                 // of a weight as it is multiplied
   int max_threads;
 };
 

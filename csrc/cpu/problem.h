@@ -1,6 +1,8 @@
 // What a layer's forward and backward pass read and write, as plain pointers: the border between
-// torch's side (csrc/ops) and the kernels. real is float or double. All matrices are row-major and
-// contiguous.
+// torch's side (csrc/ops) and the kernels. All matrices are row-major and contiguous.
+//
+// value is what is stored and multiplied: float, double or BFloat16; real is what is computed with:
+// the same, but float for BFloat16.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,6 +11,22 @@
 #include "plan.h"
 
 namespace rnn_ext {
+
+// The upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class value>
+struct RealOf {
+  using type = value;
+};
+template <>
+struct RealOf<BFloat16> {
+  using type = float;
+};
+template <class value>
+using Real = typename RealOf<value>::type;
 
 // The time axis. Rows of step t are offsets[t] .. offsets[t + 1]; row r of a step belongs to
 // sequence r, and the number of rows never grows with t (the layout of a PackedSequence; a padded
@@ -40,49 +58,61 @@ struct Sizes {
   long input, hidden, output;  // I, H, P (P = H without a projection)
 };
 
-template <class real>
+template <class value>
 struct Weights {
-  const real* ih;    // [G*H, I]
-  const real* hh;    // [G*H, P]
+  using real = Real<value>;
+  const value* ih;   // [G*H, I]
+  const value* hh;   // [G*H, P]
   const real* b_ih;  // [G*H] or null
   const real* b_hh;  // [G*H] or null
-  const real* hr;    // [P, H] or null: the projection
+  const value* hr;   // [P, H] or null: the projection
 };
 
-template <class real>
+template <class value>
 struct ForwardArgs {
+  using real = Real<value>;
   Steps steps;
   Sizes sizes;
-  Weights<real> weights;
-  const real* x;   // [N, I], N = steps.total()
-  const real* h0;  // [B, P]
-  const real* c0;  // [B, H], LSTM
-  real* out;       // [N, P]
+  Weights<value> weights;
+  const value* x;   // [N, I], N = steps.total()
+  const value* h0;  // [B, P]
+  const real* c0;   // [B, H], LSTM
+  value* out;       // [N, P]
   real* c;  // LSTM: [N, H] when saving; otherwise [B, H], holding c0 on entry and c_n afterwards
   // Saving, cells with gates: [N, gates_width] activations in panel order; otherwise null.
   real* gates;
   // Saving, [N, H]: GRU's U_n h' + b_rn, reset-before GRU's r h', projected LSTM's o tanh(c).
-  real* middle;
+  value* middle;
   bool save;  // keep what the backward pass needs
   Plan plan;
 };
 
-template <class real>
+template <class value>
 struct BackwardArgs {
+  using real = Real<value>;
   Steps steps;
   Sizes sizes;
-  Weights<real> weights;
-  const real *x, *h0, *c0, *out, *c, *gates, *middle;  // as in ForwardArgs, saved
-  const real* d_out;                                   // [N, P] or null (zero)
-  const real* d_hn;                                    // [B, P] or null
-  const real* d_c;                                     // [N, H] or null: gradient of every c_t
-  real* dc;  // LSTM: [B, H], dL/dc_n on entry, dL/dc0 afterwards
+  Weights<value> weights;
+  const value *x, *h0, *out, *middle;  // as in ForwardArgs, saved
+  const real *c0, *c, *gates;
+  const value* d_out;  // [N, P] or null (zero)
+  const real* d_hn;    // [B, P] or null
+  const real* d_c;     // [N, H] or null: gradient of every c_t
+  real* dc;            // LSTM: [B, H], dL/dc_n on entry, dL/dc0 afterwards
   // null where the gradient was not asked for
-  real *dx, *dh0, *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
+  value* dx;
+  real *dh0, *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
   Plan plan;
 };
 
 struct QuantizedArgs;  // quantized_problem.h
+
+// The kernels that multiply bfloat16, where the CPU does.
+struct Bfloat16Kernels {
+  bool (*supported)();
+  void (*forward)(CellKind, const ForwardArgs<BFloat16>&);
+  void (*backward)(CellKind, const BackwardArgs<BFloat16>&);
+};
 
 // Kernels of one instruction set.
 struct Kernels {
@@ -94,6 +124,7 @@ struct Kernels {
   void (*backward_float)(CellKind, const BackwardArgs<float>&);
   void (*backward_double)(CellKind, const BackwardArgs<double>&);
   void (*quantized)(CellKind, const QuantizedArgs&);
+  const Bfloat16Kernels* bfloat16 = nullptr;  // null: bfloat16 is converted to float
 };
 
 }  // namespace rnn_ext

@@ -1,7 +1,7 @@
 // The register tile every matrix product here is made of, and products of rows with packed panels
 // of weights.
 #pragma once
-#include "vector_math.h"
+#include "products.h"
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
@@ -16,15 +16,20 @@ constexpr int kTileRows = vectors == 1 ? 12 : kAccumulators / vectors;
 
 // Longer sums are cut into pieces of this many products, added up separately: it bounds the
 // rounding error.
-constexpr long kSumLength = 256;
+template <class value>
+constexpr long kSumLength = 256 * kTogether<value>;
 
-// C[rows, vectors] (+)= A[rows, depth] B[depth, vectors]. Element (i, k) of A is at a[i * a_row + k
-// * a_step]; rows of B follow each other. Small tiles run several sums side by side to cover the
-// latency of the multiply-add.
-template <class real, int rows, int vectors>
-RNN_EXT_NOINLINE void tile(long depth, const real* a, long a_row, long a_step, const real* b,
-                           real* c, long c_row, bool accumulate) {
-  constexpr int lanes = kLanes<real>;
+// C[rows, vectors] (+)= A[rows, depth] B[depth, vectors]. Group k of A's row i (products.h) is at
+// a[i * a_row + k * a_step], so that rows as they lie have a_step = kTogether; groups of B's rows
+// follow each other. Small tiles run several sums side by side to cover the latency of the
+// multiply-add.
+template <class value, int rows, int vectors>
+RNN_EXT_NOINLINE void tile(long depth, const value* a, long a_row, long a_step, const value* b,
+                           Real<value>* c, long c_row, bool accumulate) {
+  using real = Real<value>;
+  using F = Factors<value>;
+  constexpr int lanes = kLanes<value>, together = kTogether<value>;
+  const long groups = depth / together;
   constexpr int chains = rows * vectors >= 8 ? 1 : (7 + rows * vectors) / (rows * vectors);
   Vec<real> acc[chains][rows][vectors];
   RNN_EXT_UNROLL
@@ -33,30 +38,40 @@ RNN_EXT_NOINLINE void tile(long depth, const real* a, long a_row, long a_step, c
   for (int j = 0; j < vectors; j++) acc[s][i][j] = Vec<real>{};
 
   long k = 0;
-  for (; k + chains <= depth; k += chains) {
+  for (; k + chains <= groups; k += chains) {
     RNN_EXT_UNROLL
     for (int s = 0; s < chains; s++) {
       Vec<real> bk[vectors];
       RNN_EXT_UNROLL
-      for (int j = 0; j < vectors; j++) bk[j] = load(b + (s * vectors + j) * lanes);
+      for (int j = 0; j < vectors; j++)
+        bk[j] = F::load_groups(b + (s * vectors + j) * lanes * together);
       RNN_EXT_UNROLL
       for (int i = 0; i < rows; i++) {
-        const real ak = a[i * a_row + s * a_step];
+        const auto ak = F::one(a + i * a_row + s * a_step);
         RNN_EXT_UNROLL
-        for (int j = 0; j < vectors; j++) acc[s][i][j] += ak * bk[j];
+        for (int j = 0; j < vectors; j++) acc[s][i][j] = F::multiply_add(acc[s][i][j], ak, bk[j]);
       }
     }
     a += chains * a_step;
-    b += chains * vectors * lanes;
+    b += chains * vectors * lanes * together;
   }
   if constexpr (chains > 1) {
-    for (; k < depth; k++, a += a_step, b += vectors * lanes) RNN_EXT_UNROLL
+    for (; k < groups; k++, a += a_step, b += vectors * lanes * together) RNN_EXT_UNROLL
     for (int i = 0; i < rows; i++) RNN_EXT_UNROLL
-    for (int j = 0; j < vectors; j++) acc[0][i][j] += a[i * a_row] * load(b + j * lanes);
+    for (int j = 0; j < vectors; j++)
+      acc[0][i][j] = F::multiply_add(acc[0][i][j], F::one(a + i * a_row),
+                                     F::load_groups(b + j * lanes * together));
     RNN_EXT_UNROLL
     for (int s = 1; s < chains; s++) RNN_EXT_UNROLL
     for (int i = 0; i < rows; i++) RNN_EXT_UNROLL
     for (int j = 0; j < vectors; j++) acc[0][i][j] += acc[s][i][j];
+  }
+  if (together > 1 && depth % together) {
+    RNN_EXT_UNROLL
+    for (int i = 0; i < rows; i++) RNN_EXT_UNROLL
+    for (int j = 0; j < vectors; j++)
+      acc[0][i][j] = F::multiply_add(acc[0][i][j], F::last(a + i * a_row),
+                                     F::load_groups(b + j * lanes * together));
   }
 
   RNN_EXT_UNROLL
@@ -67,31 +82,33 @@ RNN_EXT_NOINLINE void tile(long depth, const real* a, long a_row, long a_step, c
   }
 }
 
-template <class real>
-using TileFunction = void (*)(long, const real*, long, long, const real*, real*, long, bool);
+template <class value>
+using TileFunction = void (*)(long, const value*, long, long, const value*, Real<value>*, long,
+                              bool);
 
-template <class real, int vectors, class Rows>
+template <class value, int vectors, class Rows>
 struct TileTable;
-template <class real, int vectors, size_t... i>
-struct TileTable<real, vectors, std::index_sequence<i...>> {
-  static constexpr TileFunction<real> by_rows[] = {tile<real, int(i) + 1, vectors>...};
+template <class value, int vectors, size_t... i>
+struct TileTable<value, vectors, std::index_sequence<i...>> {
+  static constexpr TileFunction<value> by_rows[] = {tile<value, int(i) + 1, vectors>...};
 };
 
 // The tile for 1 <= rows <= kTileRows<vectors>.
-template <class real, int vectors>
-RNN_EXT_INLINE TileFunction<real> tile_for(int rows) {
-  return TileTable<real, vectors, std::make_index_sequence<kTileRows<vectors>>>::by_rows[rows - 1];
+template <class value, int vectors>
+RNN_EXT_INLINE TileFunction<value> tile_for(int rows) {
+  return TileTable<value, vectors, std::make_index_sequence<kTileRows<vectors>>>::by_rows[rows - 1];
 }
 
 // As tile, for sums of any length.
-template <class real, int vectors>
-RNN_EXT_INLINE void tile_long(int rows, long depth, const real* a, long a_row, long a_step,
-                              const real* b, real* c, long c_row, bool accumulate) {
-  const TileFunction<real> run = tile_for<real, vectors>(rows);
-  for (long k = 0; k < depth || k == 0; k += kSumLength) {
-    const long part = depth - k < kSumLength ? depth - k : kSumLength;
-    run(part, a + k * a_step, a_row, a_step, b + k * vectors * kLanes<real>, c, c_row,
-        accumulate || k > 0);
+template <class value, int vectors>
+RNN_EXT_INLINE void tile_long(int rows, long depth, const value* a, long a_row, long a_step,
+                              const value* b, Real<value>* c, long c_row, bool accumulate) {
+  constexpr long piece = kSumLength<value>;
+  const TileFunction<value> run = tile_for<value, vectors>(rows);
+  for (long k = 0; k < depth || k == 0; k += piece) {
+    const long part = depth - k < piece ? depth - k : piece;
+    run(part, a + k / kTogether<value> * a_step, a_row, a_step, b + k * vectors * kLanes<value>, c,
+        c_row, accumulate || k > 0);
   }
 }
 

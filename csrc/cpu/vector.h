@@ -31,11 +31,12 @@ struct Simd<double> {
   typedef uint64_t Bits __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
 };
 
-template <class real>
-using Vec = typename Simd<real>::Vec;
+// A register of what is computed with; BFloat16 is computed with as float.
+template <class value>
+using Vec = typename Simd<Real<value>>::Vec;
 
-template <class real>
-constexpr int kLanes = RNN_EXT_VECTOR_BYTES / sizeof(real);
+template <class value>
+constexpr int kLanes = RNN_EXT_VECTOR_BYTES / sizeof(Real<value>);
 
 template <class real>
 RNN_EXT_INLINE Vec<real> load(const real* p) {

@@ -153,9 +153,10 @@ py::object quantized_layers(const std::string& cell, const Tensor& input,
 
 py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps, long batch,
                   long input, long hidden, long output, int directions) {
-  const long real_bytes = dtype == "float64" ? 8 : 4;
+  const bool narrow = dtype == "bfloat16" && active_kernels().bfloat16;
+  const long value_bytes = dtype == "float64" ? 8 : narrow ? 2 : 4;
   const auto [plan, side_by_side] =
-      choose_plan({steps, batch, input, hidden, output, cell_gates(cell_kind(cell)), real_bytes,
+      choose_plan({steps, batch, input, hidden, output, cell_gates(cell_kind(cell)), value_bytes,
                    at::get_num_threads()},
                   directions);
   static const char* const splits[] = {"none", "rows", "columns"};
@@ -238,6 +239,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("plan_cpu", &plan_cpu);
   m.def("cpu_isas", &available_isas);
+  m.def("cpu_multiplies_bfloat16", [] { return active_kernels().bfloat16 != nullptr; });
   m.def("cpu_isa", [] { return std::string(active_kernels().name); });
   m.def("set_cpu_isa", &set_isa);
   // As in TORCH_CUDA_ARCH_LIST, "" without CUDA kernels.

@@ -16,17 +16,48 @@ namespace {
 
 using at::Tensor;
 
-// Contiguous tensors of the compute dtype; keeps them alive while the kernel reads them.
-template <class real>
+template <class T>
+struct ElementOf {
+  using type = T;
+};
+template <>
+struct ElementOf<BFloat16> {
+  using type = at::BFloat16;
+};
+// torch's name for the same number.
+template <class T>
+using Element = typename ElementOf<T>::type;
+
+template <class T>
+constexpr at::ScalarType kDtype = c10::CppTypeToScalarType<Element<T>>::value;
+
+template <class T>
+T* writable(const Tensor& t) {
+  return reinterpret_cast<T*>(t.mutable_data_ptr<Element<T>>());
+}
+
+template <class T>
+T* writable(const OptionalTensor& t) {
+  return t ? writable<T>(*t) : nullptr;
+}
+
+// Contiguous tensors of the dtype asked for; keeps them alive while the kernel reads them.
 class Operands {
  public:
-  const real* read(const Tensor& t) {
-    held_.push_back(t.to(c10::CppTypeToScalarType<real>::value).contiguous());
-    return held_.back().template const_data_ptr<real>();
+  template <class T>
+  const T* read(const Tensor& t) {
+    held_.push_back(t.to(kDtype<T>).contiguous());
+    return reinterpret_cast<const T*>(held_.back().const_data_ptr<Element<T>>());
   }
-  const real* read(const OptionalTensor& t) { return t && t->defined() ? read(*t) : nullptr; }
-  Weights<real> weights(const LayerInputs& in) {
-    return {read(in.w_ih), read(in.w_hh), read(in.b_ih), read(in.b_hh), read(in.w_hr)};
+  template <class T>
+  const T* read(const OptionalTensor& t) {
+    return t && t->defined() ? read<T>(*t) : nullptr;
+  }
+  template <class value>
+  Weights<value> weights(const LayerInputs& in) {
+    using real = Real<value>;
+    return {read<value>(in.w_ih), read<value>(in.w_hh), read<real>(in.b_ih), read<real>(in.b_hh),
+            read<value>(in.w_hr)};
   }
 
  private:
@@ -34,73 +65,85 @@ class Operands {
 };
 
 // at::empty, on large pages where it is large.
-Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  Tensor t = at::empty(sizes, options);
+Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
+  Tensor t = at::empty(sizes, dtype);
   advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
   return t;
 }
 
-template <class real>
-real* writable(const OptionalTensor& t) {
-  return t ? t->mutable_data_ptr<real>() : nullptr;
+void run(const Kernels& k, CellKind cell, const ForwardArgs<float>& args) {
+  k.forward_float(cell, args);
+}
+void run(const Kernels& k, CellKind cell, const ForwardArgs<double>& args) {
+  k.forward_double(cell, args);
+}
+void run(const Kernels& k, CellKind cell, const ForwardArgs<BFloat16>& args) {
+  k.bfloat16->forward(cell, args);
+}
+void run(const Kernels& k, CellKind cell, const BackwardArgs<float>& args) {
+  k.backward_float(cell, args);
+}
+void run(const Kernels& k, CellKind cell, const BackwardArgs<double>& args) {
+  k.backward_double(cell, args);
+}
+void run(const Kernels& k, CellKind cell, const BackwardArgs<BFloat16>& args) {
+  k.bfloat16->backward(cell, args);
 }
 
 // The state of every sequence after its last step.
-template <class real>
+template <class T>
 Tensor last_states(const Tensor& all, const Steps& time, long features) {
   Tensor last = at::empty({time.batch, features}, all.options());
-  const real* from = all.const_data_ptr<real>();
-  real* to = last.mutable_data_ptr<real>();
+  const auto* from = static_cast<const T*>(all.const_data_ptr());
+  auto* to = static_cast<T*>(last.mutable_data_ptr());
   for (long t = 0; t < time.count; t++) {
     const long first = time.continuing(t), ending = time.rows(t) - first;
     if (ending > 0)
       std::memcpy(to + first * features, from + (time.begin(t) + first) * features,
-                  ending * features * sizeof(real));
+                  ending * features * sizeof(T));
   }
   return last;
 }
 
 // A forward pass from the tensors it reads to those it returns; run() is the kernel alone.
-template <class real>
+template <class value>
 class ForwardPass {
+  using real = Real<value>;
+
  public:
-  ForwardPass(const Call& call, const LayerInputs& in, bool save, const Plan& plan)
-      : call_(call), save_(save), kernels_(active_kernels()) {
+  ForwardPass(const Call& call, const Kernels& kernels, const LayerInputs& in, bool save,
+              const Plan& plan)
+      : call_(call), save_(save), kernels_(kernels) {
     const Sizes& s = call.sizes;
     out_.saved.isa = kernels_.name;
-    states_ = fresh(call.laid_out(s.output), call.options());
-    if (lstm_ && save) out_.saved.cells = fresh(call.laid_out(s.hidden), call.options());
+    states_ = fresh(call.laid_out(s.output), kDtype<value>);
+    if (lstm_ && save) out_.saved.cells = fresh(call.laid_out(s.hidden), kDtype<real>);
     if (lstm_ && !save) out_.c_n = in.c0->to(call.compute, false, /*copy=*/true).contiguous();
     if (save) {
       const long width = kernels_.gates_width(call.kind, s.hidden, sizeof(real));
-      if (width) out_.saved.gates = fresh({call.rows, width}, call.options());
+      if (width) out_.saved.gates = fresh({call.rows, width}, kDtype<real>);
       if (call.gates == 3 || in.w_hr)
-        out_.saved.middle = fresh({call.rows, s.hidden}, call.options());
+        out_.saved.middle = fresh({call.rows, s.hidden}, kDtype<value>);
     }
     args_.steps = call.time(in.reverse);
     args_.sizes = s;
-    args_.weights = operands_.weights(in);
-    args_.x = operands_.read(in.input);
-    args_.h0 = operands_.read(in.h0);
-    args_.c0 = operands_.read(in.c0);
-    args_.out = states_.template mutable_data_ptr<real>();
+    args_.weights = operands_.template weights<value>(in);
+    args_.x = operands_.template read<value>(in.input);
+    args_.h0 = operands_.template read<value>(in.h0);
+    args_.c0 = operands_.template read<real>(in.c0);
+    args_.out = writable<value>(states_);
     args_.c = writable<real>(save ? out_.saved.cells : out_.c_n);
     args_.gates = writable<real>(out_.saved.gates);
-    args_.middle = writable<real>(out_.saved.middle);
+    args_.middle = writable<value>(out_.saved.middle);
     args_.save = save;
     args_.plan = plan;
   }
 
-  void run() const {
-    if constexpr (sizeof(real) == sizeof(float))
-      kernels_.forward_float(call_.kind, args_);
-    else
-      kernels_.forward_double(call_.kind, args_);
-  }
+  void run() const { rnn_ext::run(kernels_, call_.kind, args_); }
 
   LayerOutputs outputs() {
     const Sizes& s = call_.sizes;
-    out_.h_n = last_states<real>(states_, args_.steps, s.output).to(call_.dtype);
+    out_.h_n = last_states<value>(states_, args_.steps, s.output).to(call_.dtype);
     if (lstm_)
       out_.c_n = (save_ ? last_states<real>(*out_.saved.cells, args_.steps, s.hidden) : *out_.c_n)
                      .to(call_.dtype);
@@ -113,20 +156,22 @@ class ForwardPass {
   const Call& call_;
   const bool save_, lstm_ = call_.kind == CellKind::kLstm;
   const Kernels& kernels_;
-  Operands<real> operands_;
+  Operands operands_;
   Tensor states_;
   LayerOutputs out_;
-  ForwardArgs<real> args_{};
+  ForwardArgs<value> args_{};
 };
 
-template <class real>
+template <class value>
 class BackwardPass {
+  using real = Real<value>;
+
  public:
-  BackwardPass(const Call& call, const LayerInputs& in, const Saved& saved, const LayerGradients& d,
-               const Wanted& wanted, const Plan& plan)
-      : call_(call), kernels_(kernels_named(saved.isa)), wanted_(wanted) {
+  BackwardPass(const Call& call, const Kernels& kernels, const LayerInputs& in, const Saved& saved,
+               const LayerGradients& d, const Wanted& wanted, const Plan& plan)
+      : call_(call), kernels_(kernels), wanted_(wanted) {
     const Sizes& s = call.sizes;
-    allocate(0, in.input);
+    allocate(0, in.input, kDtype<value>);
     allocate(1, in.h0);
     allocate(3, in.w_ih);
     allocate(4, in.w_hh);
@@ -139,18 +184,18 @@ class BackwardPass {
                     : at::zeros({call.batch, s.hidden}, call.options());
     args_.steps = call.time(in.reverse);
     args_.sizes = s;
-    args_.weights = operands_.weights(in);
-    args_.x = operands_.read(in.input);
-    args_.h0 = operands_.read(in.h0);
-    args_.c0 = operands_.read(in.c0);
-    args_.out = operands_.read(saved.states);
-    args_.c = operands_.read(saved.cells);
-    args_.gates = operands_.read(saved.gates);
-    args_.middle = operands_.read(saved.middle);
-    args_.d_out = operands_.read(d.d_output);
-    args_.d_hn = operands_.read(d.d_h_n);
-    args_.d_c = operands_.read(d.d_cells);
-    args_.dx = writable<real>(out_[0]);
+    args_.weights = operands_.template weights<value>(in);
+    args_.x = operands_.template read<value>(in.input);
+    args_.h0 = operands_.template read<value>(in.h0);
+    args_.c0 = operands_.template read<real>(in.c0);
+    args_.out = operands_.template read<value>(saved.states);
+    args_.c = operands_.template read<real>(saved.cells);
+    args_.gates = operands_.template read<real>(saved.gates);
+    args_.middle = operands_.template read<value>(saved.middle);
+    args_.d_out = operands_.template read<value>(d.d_output);
+    args_.d_hn = operands_.template read<real>(d.d_h_n);
+    args_.d_c = operands_.template read<real>(d.d_cells);
+    args_.dx = writable<value>(out_[0]);
     args_.dh0 = writable<real>(out_[1]);
     args_.dc = writable<real>(out_[2]);
     args_.dw_ih = writable<real>(out_[3]);
@@ -161,12 +206,7 @@ class BackwardPass {
     args_.plan = plan;
   }
 
-  void run() const {
-    if constexpr (sizeof(real) == sizeof(float))
-      kernels_.backward_float(call_.kind, args_);
-    else
-      kernels_.backward_double(call_.kind, args_);
-  }
+  void run() const { rnn_ext::run(kernels_, call_.kind, args_); }
 
   InputGradients gradients() {
     for (int i = 0; i < kLayerInputs; i++) {
@@ -177,30 +217,24 @@ class BackwardPass {
   }
 
  private:
-  void allocate(int i, const Tensor& like) {
+  void allocate(int i, const Tensor& like, at::ScalarType dtype = kDtype<real>) {
     if (wanted_[i])
-      out_[i] = call_.rows ? fresh(like.sizes(), call_.options())
-                           : at::zeros(like.sizes(), call_.options());
+      out_[i] = call_.rows ? fresh(like.sizes(), dtype) : at::zeros(like.sizes(), dtype);
   }
 
   const Call& call_;
   const Kernels& kernels_;
   const Wanted wanted_;
-  Operands<real> operands_;
+  Operands operands_;
   InputGradients out_;
-  BackwardArgs<real> args_{};
+  BackwardArgs<value> args_{};
 };
 
+template <class value>
 PlanShape plan_shape(const Call& call) {
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return {call.steps,
-          call.batch,
-          call.sizes.input,
-          call.sizes.hidden,
-          call.sizes.output,
-          call.gates,
-          long(c10::elementSize(call.compute)),
-          threads};
+  return {call.steps,        call.batch, call.sizes.input,    call.sizes.hidden,
+          call.sizes.output, call.gates, long(sizeof(value)), threads};
 }
 
 template <class Pass>
@@ -221,41 +255,52 @@ void run_all(const std::vector<Pass>& passes, bool side_by_side) {
     if (error) std::rethrow_exception(error);
 }
 
-template <class real>
-std::vector<LayerOutputs> forward(const Call& call, std::span<const LayerInputs> directions,
-                                  bool save) {
-  const auto [plan, side_by_side] = choose_plan(plan_shape(call), directions.size());
-  std::vector<ForwardPass<real>> passes;
+template <class value>
+std::vector<LayerOutputs> forward(const Call& call, const Kernels& kernels,
+                                  std::span<const LayerInputs> directions, bool save) {
+  const auto [plan, side_by_side] = choose_plan(plan_shape<value>(call), directions.size());
+  std::vector<ForwardPass<value>> passes;
   passes.reserve(directions.size());
-  for (const LayerInputs& in : directions) passes.emplace_back(call, in, save, plan);
+  for (const LayerInputs& in : directions) passes.emplace_back(call, kernels, in, save, plan);
   if (call.rows) run_all(passes, side_by_side);
   std::vector<LayerOutputs> out;
-  for (ForwardPass<real>& pass : passes) out.push_back(pass.outputs());
+  for (ForwardPass<value>& pass : passes) out.push_back(pass.outputs());
   return out;
 }
 
-template <class real>
-std::vector<InputGradients> backward(const Call& call, std::span<const LayerInputs> directions,
+template <class value>
+std::vector<InputGradients> backward(const Call& call, const Kernels& kernels,
+                                     std::span<const LayerInputs> directions,
                                      std::span<const Saved> saved,
                                      std::span<const LayerGradients> d,
                                      std::span<const Wanted> wanted) {
-  const auto [plan, side_by_side] = choose_plan(plan_shape(call), directions.size());
-  std::vector<BackwardPass<real>> passes;
+  const auto [plan, side_by_side] = choose_plan(plan_shape<value>(call), directions.size());
+  std::vector<BackwardPass<value>> passes;
   passes.reserve(directions.size());
   for (size_t i = 0; i < directions.size(); i++)
-    passes.emplace_back(call, directions[i], saved[i], d[i], wanted[i], plan);
+    passes.emplace_back(call, kernels, directions[i], saved[i], d[i], wanted[i], plan);
   if (call.rows) run_all(passes, side_by_side);
   std::vector<InputGradients> out;
-  for (BackwardPass<real>& pass : passes) out.push_back(pass.gradients());
+  for (BackwardPass<value>& pass : passes) out.push_back(pass.gradients());
   return out;
+}
+
+// Calls body with a number of the type that is stored and multiplied.
+template <class Body>
+auto with_value(const Call& call, const Kernels& kernels, const Body& body) {
+  if (call.dtype == at::kDouble) return body(double{});
+  if (call.dtype == at::kBFloat16 && kernels.bfloat16) return body(BFloat16{});
+  return body(float{});
 }
 
 }  // namespace
 
 std::vector<LayerOutputs> cpu_layer_forward(const Call& call,
                                             std::span<const LayerInputs> directions, bool save) {
-  return call.compute == at::kDouble ? forward<double>(call, directions, save)
-                                     : forward<float>(call, directions, save);
+  const Kernels& kernels = active_kernels();
+  return with_value(call, kernels, [&](auto value) {
+    return forward<decltype(value)>(call, kernels, directions, save);
+  });
 }
 
 std::vector<InputGradients> cpu_layer_backward(const Call& call,
@@ -263,8 +308,10 @@ std::vector<InputGradients> cpu_layer_backward(const Call& call,
                                                std::span<const Saved> saved,
                                                std::span<const LayerGradients> d,
                                                std::span<const Wanted> wanted) {
-  return call.compute == at::kDouble ? backward<double>(call, directions, saved, d, wanted)
-                                     : backward<float>(call, directions, saved, d, wanted);
+  const Kernels& kernels = kernels_named(saved[0].isa);
+  return with_value(call, kernels, [&](auto value) {
+    return backward<decltype(value)>(call, kernels, directions, saved, d, wanted);
+  });
 }
 
 }  // namespace rnn_ext

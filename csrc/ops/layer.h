@@ -26,8 +26,9 @@ struct LayerInputs {
   bool reverse;
 };
 
-// What the backward pass reads beside the inputs, in float or double. For bfloat16 that is wider
-// than what the caller sees, so that nothing is rounded between the passes.
+// What the backward pass reads beside the inputs. For bfloat16 `cells` and `gates` are float, wider
+// than what the caller sees, and so are `states` and `middle` where the CPU computes in float alone:
+// what is multiplied is not rounded between the passes.
 struct Saved {
   at::Tensor
       states;  // every h_t, laid out like output; the output itself where its dtype is the same
