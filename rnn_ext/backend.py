@@ -92,6 +92,8 @@ def use_backend(name: str):
         name: ``"auto"`` (the default: the fastest kernel that covers the input), ``"reference"``,
             ``"cpu"``, ``"cuda-step"`` or ``"cuda-persistent"``. All but ``"auto"`` and
             ``"reference"`` raise ``RuntimeError`` on input they do not cover.
+            ``"cuda-persistent"`` does so in the forward pass; a backward pass that has no
+            persistent kernel runs step by step (`explain` says so beforehand).
 
     Raises:
         ValueError: ``name`` is no backend.

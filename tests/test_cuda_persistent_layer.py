@@ -5,7 +5,7 @@ What one path saves the other must be able to read, so the passes are mixed as w
 
 import pytest
 import torch
-from cases import SHAPES, make_case, run_ours
+from cases import SHAPES, assert_second_backward_is_right, make_case, run_ours
 from emulated import emulated_modules, emulation
 from emulated_checks import (
     PREDICATES,
@@ -169,13 +169,7 @@ def test_every_subset_of_gradients_is_right(cell, paths, nan_filled):
 @every_cell
 def test_a_second_backward_is_right(cell):
     case = make_case(cell, (4, 3, 5, 18)).to(torch.bfloat16)
-    leaves = [None if t is None else t.clone().requires_grad_() for t in case.tensors]
-    results = [r for r in ops.layer(case.cell, *leaves) if r is not None]
-    upstream = [d for d in case.upstream if d is not None]
-    wanted = [t for t in leaves if t is not None]
-    first = torch.autograd.grad(results, wanted, upstream, retain_graph=True)
-    second = torch.autograd.grad(results, wanted, upstream)
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert_second_backward_is_right(case)
 
 
 @every_path

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CELLS, SHAPES, make_case, run_ours, run_reference
+from cases import CELLS, SHAPES, as_function, make_case, run_ours, run_reference
 from emulated import emulation
 from emulated_checks import PREDICATES, VARIANTS, check, check_packed_resets, check_predicates
 from hypothesis import given, settings
@@ -90,17 +90,7 @@ def test_without_gradients_the_results_are_the_same(cell, dtype, nan_filled):
 @pytest.mark.filterwarnings("ignore:rnn_ext. gradients of gradients have no kernel")
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck(cell):
-    case = make_case(cell, (3, 2, 3, 5), ragged=True)
-    present = [i for i, t in enumerate(case.tensors) if t is not None]
-
-    def function(*given):
-        tensors = list(case.tensors)
-        for i, t in zip(present, given):
-            tensors[i] = t
-        results = ops.layer(case.cell, *tensors, batch_sizes=case.batch_sizes)
-        return tuple(r for r in results if r is not None)
-
-    leaves = [case.tensors[i].clone().requires_grad_() for i in present]
+    function, leaves = as_function(make_case(cell, (3, 2, 3, 5), ragged=True))
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
 

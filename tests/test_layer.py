@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from cases import CELLS, DTYPES, SHAPES, make_case, run_ours, run_reference, run_torch
+from cases import (
+    CELLS,
+    DTYPES,
+    SHAPES,
+    as_function,
+    assert_second_backward_is_right,
+    make_case,
+    run_ours,
+    run_reference,
+    run_torch,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import FORWARD, GRADIENT, assert_as_exact, error
@@ -114,17 +124,7 @@ def test_without_gradients_the_results_are_the_same(isa, cell):
 @pytest.mark.filterwarnings("ignore:.*gradients of gradients have no kernel")
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck(cell):
-    case = make_case(cell, (3, 2, 3, 5), ragged=True)
-    present = [i for i, t in enumerate(case.tensors) if t is not None]
-
-    def function(*given):
-        tensors = list(case.tensors)
-        for i, t in zip(present, given):
-            tensors[i] = t
-        results = ops.layer(case.cell, *tensors, batch_sizes=case.batch_sizes)
-        return tuple(r for r in results if r is not None)
-
-    leaves = [case.tensors[i].clone().requires_grad_() for i in present]
+    function, leaves = as_function(make_case(cell, (3, 2, 3, 5), ragged=True))
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
 
@@ -161,13 +161,7 @@ def test_each_result_alone_has_the_right_gradient(cell, which):
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_second_backward_is_right(cell):
     case = make_case(cell, (4, 3, 5, 18)).to(torch.float32)
-    leaves = [None if t is None else t.clone().requires_grad_() for t in case.tensors]
-    results = [r for r in ops.layer(case.cell, *leaves) if r is not None]
-    upstream = [d for d in case.upstream if d is not None]
-    wanted = [t for t in leaves if t is not None]
-    first = torch.autograd.grad(results, wanted, upstream, retain_graph=True)
-    second = torch.autograd.grad(results, wanted, upstream)
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert_second_backward_is_right(case)
 
 
 def test_changing_a_saved_tensor_is_noticed():

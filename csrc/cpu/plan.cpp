@@ -2,7 +2,7 @@
 
 namespace rnn_ext {
 namespace {
-// Starting a team costs about a microsecond and a barrier about 50 ns; a core does 50-250 flop a
+// Starting a team costs about a microsecond and a barrier 50 to 300 ns; a core does 50-250 flop a
 // nanosecond.
 constexpr double kMinFlopsForTeam = 400e3;
 constexpr double kMinFlopsPerBarrier = 20e3;

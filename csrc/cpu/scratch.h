@@ -25,7 +25,7 @@ class Arena {
 };
 
 // Asks for pages of 2 MiB for memory that is about to be written for the first time, if it is large:
-// that costs a tenth of what small pages do, and rows far apart need fewer entries of the TLB.
+// there are fewer page faults, and rows far apart need fewer entries of the TLB.
 void advise_huge_pages(void* data, size_t bytes);
 
 class Scratch {

@@ -65,7 +65,7 @@ class Operands {
 };
 
 // at::empty, on large pages where it is large.
-Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
+Tensor large_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   Tensor t = at::empty(sizes, dtype);
   advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
   return t;
@@ -116,14 +116,14 @@ class ForwardPass {
       : call_(call), save_(save), kernels_(kernels) {
     const Sizes& s = call.sizes;
     out_.saved.isa = kernels_.name;
-    states_ = fresh(call.laid_out(s.output), kDtype<value>);
-    if (lstm_ && save) out_.saved.cells = fresh(call.laid_out(s.hidden), kDtype<real>);
+    states_ = large_empty(call.laid_out(s.output), kDtype<value>);
+    if (lstm_ && save) out_.saved.cells = large_empty(call.laid_out(s.hidden), kDtype<real>);
     if (lstm_ && !save) out_.c_n = in.c0->to(call.compute, false, /*copy=*/true).contiguous();
     if (save) {
       const long width = kernels_.gates_width(call.kind, s.hidden, sizeof(real));
-      if (width) out_.saved.gates = fresh({call.rows, width}, kDtype<real>);
+      if (width) out_.saved.gates = large_empty({call.rows, width}, kDtype<real>);
       if (call.gates == 3 || in.w_hr)
-        out_.saved.middle = fresh({call.rows, s.hidden}, kDtype<value>);
+        out_.saved.middle = large_empty({call.rows, s.hidden}, kDtype<value>);
     }
     args_.steps = call.time(in.reverse);
     args_.sizes = s;
@@ -219,7 +219,7 @@ class BackwardPass {
  private:
   void allocate(int i, const Tensor& like, at::ScalarType dtype = kDtype<real>) {
     if (wanted_[i])
-      out_[i] = call_.rows ? fresh(like.sizes(), dtype) : at::zeros(like.sizes(), dtype);
+      out_[i] = call_.rows ? large_empty(like.sizes(), dtype) : at::zeros(like.sizes(), dtype);
   }
 
   const Call& call_;

@@ -1,5 +1,5 @@
-// One layer, one direction, on the tensors of a CUDA device: allocation, matrix products and the
-// order of the kernels of csrc/cuda. The tests' emulated build runs the same on CPU tensors.
+// A layer in one direction or both, on the tensors of a CUDA device: allocation, matrix products
+// and the order of the kernels of csrc/cuda. The tests' emulated build runs the same on CPU tensors.
 #pragma once
 #include "../cuda/plan.h"
 #include "call.h"

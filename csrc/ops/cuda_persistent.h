@@ -1,5 +1,6 @@
-// The time loop of a layer as one persistent kernel each way, in place of the step-wise loop of
-// cuda_layer.cpp: the same tensors before it, the same after it, the same saved values.
+// The time loop of a layer as one persistent kernel each way, in place of the step-wise loops of
+// cuda_forward.cpp and cuda_backward.cpp: the same tensors before it and after it, the same saved
+// values.
 #pragma once
 #include "../cuda/params.h"
 #include "../cuda/plan.h"

@@ -1,4 +1,4 @@
-// What the forward and the backward pass of the step-wise CUDA driver share.
+// What the forward and the backward pass of the CUDA driver share.
 #pragma once
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
