@@ -5,6 +5,9 @@ import contextvars
 import warnings
 
 import torch
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import _C
 
@@ -118,11 +121,11 @@ def is_plain_call() -> bool:
     """Whether nothing watches or rewrites what runs: no compiler, transform, tracer or autocast,
     and the backend is "auto"."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
-        or torch.jit.is_tracing()
+        is_compiling()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _is_any_autocast_enabled()
+        or _is_tracing()
         or _current.get() != "auto"
     )
 

@@ -97,46 +97,77 @@ struct Panels {
     for (int v = 0; v < Shape::vectors; v++) {
       int valid;
       const value* w = first_row(p, v, valid);
+      const value* next = following_rows(p, v);
       for (int i = 0; i < row_count; i++) {
         real* out = c + i * c_row + v * lanes;
-        Vec<value> sum = dots(w, valid, a + i * a_row);
+        Vec<value> sum = dots(w, valid, a + i * a_row, next);
         store(out, accumulate ? load(out) + sum : sum);
       }
     }
   }
 
-  RNN_EXT_INLINE Vec<value> dots(const value* w, int valid, const value* a) const {
-    constexpr int lanes = kLanes<value>;
-    Vec<value> acc[lanes];
+  // The kLanes rows of W that are read after those of vector v of panel p, or null.
+  RNN_EXT_INLINE const value* following_rows(long p, int v) const {
+    int valid;
+    const bool last = v + 1 == Shape::vectors;
+    const value* next = first_row(last ? p + 1 : p, last ? 0 : v + 1, valid);
+    return valid == kLanes<value> ? next : nullptr;
+  }
+
+  // The first `valid` of kLanes rows of W times a. Half of the rows at a time, two sums for each:
+  // fewer streams of memory than all rows at once.
+  RNN_EXT_INLINE Vec<value> dots(const value* w, int valid, const value* a,
+                                 const value* next) const {
+    constexpr int lanes = kLanes<value>, half = lanes / 2;
+    Vec<value> sums[lanes];
     RNN_EXT_UNROLL
-    for (int l = 0; l < lanes; l++) acc[l] = Vec<value>{};
-    long k = 0;
-    constexpr int step = lanes * together;
+    for (int l = 0; l < lanes; l++) sums[l] = Vec<value>{};
     if (valid == lanes) {
-      for (; k + step <= depth; k += step) {
-        const Vec<value> ak = F::load_groups(a + k);
-        RNN_EXT_UNROLL
-        for (int l = 0; l < lanes; l++)
-          acc[l] = F::multiply_add(acc[l], ak, F::load_groups(w + l * depth + k));
-      }
+      dots_of<half>(w, a, sums);
+      dots_of<half>(w + half * depth, a, sums + half);
     } else {
-      for (; k + step <= depth; k += step) {
-        const Vec<value> ak = F::load_groups(a + k);
-        for (int l = 0; l < valid; l++)
-          acc[l] = F::multiply_add(acc[l], ak, F::load_groups(w + l * depth + k));
-      }
+      for (int l = 0; l < valid; l++) dots_of<1>(w + l * depth, a, sums + l);
     }
+    // The sums across keep memory idle otherwise.
+    if (next) {
+      RNN_EXT_UNROLL
+      for (int l = 0; l < half; l++) __builtin_prefetch(next + l * depth);
+    }
+    transpose<real>(sums);
+    RNN_EXT_UNROLL
+    for (int n = half; n >= 1; n /= 2) RNN_EXT_UNROLL
+    for (int l = 0; l < n; l++) sums[l] += sums[l + n];
+    return sums[0];
+  }
+
+  // sums[l]: partial sums of row l of w times a
+  template <int count>
+  RNN_EXT_INLINE void dots_of(const value* w, const value* a, Vec<value>* sums) const {
+    constexpr int step = kLanes<value> * together;
+    Vec<value> even[count], odd[count];
+    RNN_EXT_UNROLL
+    for (int l = 0; l < count; l++) even[l] = odd[l] = Vec<value>{};
+    const auto add = [&](Vec<value>(&to)[count], long k) __attribute__((always_inline)) {
+      const Vec<value> ak = F::load_groups(a + k);
+      RNN_EXT_UNROLL
+      for (int l = 0; l < count; l++)
+        to[l] = F::multiply_add(to[l], ak, F::load_groups(w + l * depth + k));
+    };
+    long k = 0;
+    for (; k + 2 * step <= depth; k += 2 * step) {
+      add(even, k);
+      add(odd, k + step);
+    }
+    if (k + step <= depth) add(even, k), k += step;
     if (k < depth) {
       const int rest = int(depth - k);
       const Vec<value> ak = F::load_groups(a + k, rest);
-      for (int l = 0; l < valid; l++)
-        acc[l] = F::multiply_add(acc[l], ak, F::load_groups(w + l * depth + k, rest));
+      RNN_EXT_UNROLL
+      for (int l = 0; l < count; l++)
+        odd[l] = F::multiply_add(odd[l], ak, F::load_groups(w + l * depth + k, rest));
     }
-    transpose<real>(acc);
     RNN_EXT_UNROLL
-    for (int half = lanes / 2; half >= 1; half /= 2) RNN_EXT_UNROLL
-    for (int l = 0; l < half; l++) acc[l] += acc[l + half];
-    return acc[0];
+    for (int l = 0; l < count; l++) sums[l] = even[l] + odd[l];
   }
 };
 

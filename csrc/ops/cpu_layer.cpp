@@ -41,11 +41,19 @@ T* writable(const OptionalTensor& t) {
   return t ? writable<T>(*t) : nullptr;
 }
 
-// Contiguous tensors of the dtype asked for; keeps them alive while the kernel reads them.
+// t.to(dtype), without asking torch where that is t.
+Tensor converted(const Tensor& t, at::ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : t.to(dtype);
+}
+
+// Contiguous values of the dtype asked for, of tensors that live as long as this does; copies that
+// takes are kept alive while the kernel reads them.
 class Operands {
  public:
   template <class T>
   const T* read(const Tensor& t) {
+    if (t.scalar_type() == kDtype<T> && t.is_contiguous())
+      return reinterpret_cast<const T*>(t.const_data_ptr<Element<T>>());
     held_.push_back(t.to(kDtype<T>).contiguous());
     return reinterpret_cast<const T*>(held_.back().const_data_ptr<Element<T>>());
   }
@@ -69,6 +77,15 @@ Tensor large_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   Tensor t = at::empty(sizes, dtype);
   advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
   return t;
+}
+
+// to = from; `to` is contiguous and of type T.
+template <class T>
+void copy_values(const Tensor& from, const Tensor& to) {
+  if (from.scalar_type() == kDtype<T> && from.is_contiguous())
+    std::memcpy(writable<T>(to), from.const_data_ptr(), to.nbytes());
+  else
+    to.copy_(from);
 }
 
 void run(const Kernels& k, CellKind cell, const ForwardArgs<float>& args) {
@@ -115,10 +132,13 @@ class ForwardPass {
               const Plan& plan)
       : call_(call), save_(save), kernels_(kernels) {
     const Sizes& s = call.sizes;
-    out_.saved.isa = kernels_.name;
+    if (save) out_.saved.isa = kernels_.name;
     states_ = large_empty(call.laid_out(s.output), kDtype<value>);
     if (lstm_ && save) out_.saved.cells = large_empty(call.laid_out(s.hidden), kDtype<real>);
-    if (lstm_ && !save) out_.c_n = in.c0->to(call.compute, false, /*copy=*/true).contiguous();
+    if (lstm_ && !save) {
+      out_.c_n = at::empty({call.batch, s.hidden}, kDtype<real>);
+      copy_values<real>(*in.c0, *out_.c_n);
+    }
     if (save) {
       const long width = kernels_.gates_width(call.kind, s.hidden, sizeof(real));
       if (width) out_.saved.gates = large_empty({call.rows, width}, kDtype<real>);
@@ -143,11 +163,12 @@ class ForwardPass {
 
   LayerOutputs outputs() {
     const Sizes& s = call_.sizes;
-    out_.h_n = last_states<value>(states_, args_.steps, s.output).to(call_.dtype);
+    const at::ScalarType dtype = call_.dtype;
+    out_.h_n = converted(last_states<value>(states_, args_.steps, s.output), dtype);
     if (lstm_)
-      out_.c_n = (save_ ? last_states<real>(*out_.saved.cells, args_.steps, s.hidden) : *out_.c_n)
-                     .to(call_.dtype);
-    out_.output = states_.to(call_.dtype);
+      out_.c_n = converted(
+          save_ ? last_states<real>(*out_.saved.cells, args_.steps, s.hidden) : *out_.c_n, dtype);
+    out_.output = converted(states_, dtype);
     if (save_) out_.saved.states = states_;
     return std::move(out_);
   }
@@ -211,7 +232,7 @@ class BackwardPass {
   InputGradients gradients() {
     for (int i = 0; i < kLayerInputs; i++) {
       if (!wanted_[i]) out_[i].reset();
-      if (out_[i]) out_[i] = out_[i]->to(call_.dtype);
+      if (out_[i]) out_[i] = converted(*out_[i], call_.dtype);
     }
     return std::move(out_);
   }
