@@ -37,8 +37,8 @@ class OneStep(Replacement):
         """
         if isinstance(input, Proxy):
             return self._as_leaf(input, hx=hx)
-        if type(input) is Tensor and not torch.is_grad_enabled() and is_plain_call():
-            new = self._run_inference(input, hx)
+        if type(input) is Tensor and is_plain_call():
+            new = self._run_plain(input, hx)
             if new is not None:
                 return new
         states = self._arrange(input, hx)
@@ -66,18 +66,18 @@ class OneStep(Replacement):
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)
         return h if c is None else (h, c)
 
-    def _run_inference(self, input, hx):
-        """The new state in one call of the CPU kernels; None if they do not serve all of it."""
+    def _run_plain(self, input, hx):
+        """The new state in one call of C++; None if the CPU kernels do not serve all of it."""
         states = () if hx is None else self._states(hx)
         cell = self._cell
-        if states is None or cell is None or self.input_size != input.shape[-1]:
+        if states is None or cell is None:
             return None
         parameters = self._parameters
         try:
             weights = [parameters[name] for name in (_NAMES if self.bias else _NAMES[:2])]
         except KeyError:  # a parametrization
             return None
-        results = _C.run_cell(cell, input, states, weights, self.bias)
+        results = _C.run_cell(cell, input, states, weights, bool(self.bias))
         if results is None:
             return None
         _, h, c = results

@@ -51,7 +51,7 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
     def _run(self, input, hx, lengths=None, return_cells=False):
         """(output, state, cells) of `forward`."""
         if lengths is None and not return_cells and type(input) is Tensor and is_plain_call():
-            results = self._run_inference(input, hx)
+            results = self._run_plain(input, hx)
             if results is not None:
                 return results
         if isinstance(input, Proxy):
@@ -97,12 +97,10 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             self._like(input, cells) if return_cells else None,
         )
 
-    def _run_inference(self, input, hx):
-        """As `_run`, in one call of the CPU kernels; None if they do not serve all of it."""
-        if torch.is_grad_enabled() or (self.dropout and self.training):
-            return None
+    def _run_plain(self, input, hx):
+        """As `_run`, in one call of C++; None if the CPU kernels do not serve all of it."""
         states = () if hx is None else self._states(hx)
-        if states is None or self.input_size != input.shape[-1]:
+        if states is None:
             return None
         parameters = self._parameters
         try:
@@ -111,8 +109,8 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             return None
         directions = 2 if self.bidirectional else 1
         results = _C.run_stack(
-            self._cell, input, states, weights, directions, self.bias, self.proj_size > 0,
-            self.batch_first,
+            self._cell, input, states, weights, directions, bool(self.bias), self.proj_size > 0,
+            self.batch_first, self.dropout if self.training else 0.0,
         )  # fmt: skip
         if results is None:
             return None

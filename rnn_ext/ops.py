@@ -207,7 +207,7 @@ def _warn_of_create_graph():
     )
 
 
-def _differentiable_backward(options, tensors, wanted, upstream):
+def _differentiable_backward(options, tensors, wanted, upstream, create_graph=True):
     """The gradients as a differentiable function of the inputs and of ``upstream``."""
     cell, batch_sizes, reverse = options
     # Aliases: a weight given twice still gets one gradient for each place it stands in.
@@ -219,10 +219,24 @@ def _differentiable_backward(options, tensors, wanted, upstream):
             [r for r, _ in pairs],
             [t for t, w in zip(tensors, wanted) if w],
             [d for _, d in pairs],
-            create_graph=True,
+            create_graph=create_graph,
             allow_unused=True,
         )
         if pairs
         else ()
     )
     return [next(given, None) if w else None for w in wanted]
+
+
+def _general_backward(cell, tensors, reverse, saved, isa, upstream, wanted):
+    """Gradients that autograd watches, of a layer that C++ ran (csrc/ops/training.cpp)."""
+    watched = torch.is_grad_enabled()
+    if watched:
+        _warn_of_create_graph()
+    with torch.enable_grad():
+        return _differentiable_backward(
+            (cell, None, reverse), tensors, wanted, upstream, create_graph=watched
+        )
+
+
+_C.set_general_backward(_general_backward)

@@ -10,6 +10,7 @@
 #include "cuda_numbers.h"
 #include "quantized.h"
 #include "stack.h"
+#include "training.h"
 
 #ifndef RNN_EXT_CUDA_ARCHS
 #define RNN_EXT_CUDA_ARCHS ""
@@ -113,15 +114,31 @@ py::object shown(std::optional<StackOutputs>&& out) {
 
 py::object stack(const std::string& cell, const Tensor& input, const std::vector<Tensor>& hx,
                  const std::vector<Tensor>& weights, int directions, bool bias, bool projected,
-                 bool batch_first) {
+                 bool batch_first, double dropout) {
   return shown(without_gil([&] {
-    return run_stack(cell, input, hx, weights, directions, bias, projected, batch_first);
+    return run_stack(cell, input, hx, weights, directions, bias, projected, batch_first, dropout);
   }));
 }
 
 py::object one_step(const std::string& cell, const Tensor& input, const std::vector<Tensor>& hx,
                     const std::vector<Tensor>& weights, bool bias) {
   return shown(without_gil([&] { return run_cell(cell, input, hx, weights, bias); }));
+}
+
+// function(cell, tensors, reverse, saved, isa, upstream, wanted), as rnn_ext/ops.py defines it.
+void general_backward_in(const py::function& function) {
+  // Never destroyed: at exit the interpreter may be gone first.
+  const auto* kept = new py::function(function);
+  set_general_backward([kept](const LayerInputs& in, const Saved& saved, const LayerGradients& d,
+                              const Wanted& wanted) {
+    py::gil_scoped_acquire acquire;
+    return (*kept)(
+               in.cell,
+               py::make_tuple(in.input, in.h0, in.c0, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr),
+               in.reverse, py::make_tuple(saved.states, saved.cells, saved.gates, saved.middle),
+               saved.isa, py::make_tuple(d.d_output, d.d_h_n, d.d_c_n, d.d_cells), wanted)
+        .cast<InputGradients>();
+  });
 }
 
 // Packed w_ih, w_hh, second matrix, then their scales, b_ih, b_hh.
@@ -230,6 +247,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_backward", &backward);
   m.def("run_stack", &stack);
   m.def("run_cell", &one_step);
+  m.def("set_general_backward", &general_backward_in);
   m.def("quantized_layer", &quantized);
   m.def("quantized_stack", &quantized_layers);
   m.def("both_forward", &forward_both);

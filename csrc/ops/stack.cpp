@@ -3,8 +3,11 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/dropout.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
+
+#include "training.h"
 
 namespace rnn_ext {
 namespace {
@@ -18,7 +21,7 @@ bool is_plain(const Tensor& t, at::ScalarType dtype) {
        DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize, DispatchKey::Conjugate,
        DispatchKey::Negative, DispatchKey::ZeroTensor});
   return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == dtype &&
-         !t.key_set().has_any(unusual) && !(at::GradMode::is_enabled() && t.requires_grad());
+         !t.key_set().has_any(unusual);
 }
 
 bool all_plain(const Tensor& input, const std::vector<Tensor>& hx,
@@ -30,6 +33,21 @@ bool all_plain(const Tensor& input, const std::vector<Tensor>& hx,
     for (const Tensor& t : *list)
       if (!is_plain(t, dtype)) return false;
   return true;
+}
+
+bool any_requires_grad(const Tensor& input, const std::vector<Tensor>& hx,
+                       const std::vector<Tensor>& weights) {
+  if (!at::GradMode::is_enabled()) return false;
+  bool any = input.requires_grad();
+  for (const auto* list : {&hx, &weights})
+    for (const Tensor& t : *list) any = any || t.requires_grad();
+  return any;
+}
+
+std::vector<LayerOutputs> run_layer(const std::vector<LayerInputs>& directions,
+                                    bool differentiable) {
+  return differentiable ? differentiable_layer(directions)
+                        : layer_forward(directions, false, cuda::Path::kAuto);
 }
 
 // The inputs of one layer and direction, whose weights start at w.
@@ -44,8 +62,9 @@ LayerInputs layer_inputs(const std::string& cell, const Tensor& x, const Tensor&
 
 // The states of all layers and directions, [layers and directions, B, size]. A single one, which
 // nobody else holds, gets its new shape in place: that costs a tenth of a view.
-Tensor joined(const std::vector<Tensor>& states) {
+Tensor joined(const std::vector<Tensor>& states, bool differentiable) {
   if (states.size() > 1) return at::stack(states);
+  if (differentiable) return states[0].unsqueeze(0);
   const int64_t sizes[] = {1, states[0].size(0), states[0].size(1)};
   states[0].unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   return states[0];
@@ -56,7 +75,7 @@ Tensor joined(const std::vector<Tensor>& states) {
 std::optional<StackOutputs> run_stack(const std::string& cell, const Tensor& input,
                                       const std::vector<Tensor>& hx,
                                       const std::vector<Tensor>& weights, int directions, bool bias,
-                                      bool projected, bool batch_first) {
+                                      bool projected, bool batch_first, double dropout) {
   const size_t each = 2 + 2 * bias + projected, count = weights.size() / each;
   const bool lstm = cell == "lstm";
   if (!all_plain(input, hx, weights) || input.dim() != 3) return std::nullopt;
@@ -69,6 +88,7 @@ std::optional<StackOutputs> run_stack(const std::string& cell, const Tensor& inp
   for (size_t i = 0; i < hx.size(); i++)
     if (hx[i].sizes() != at::IntArrayRef{all, batch, widths[i]}) return std::nullopt;
 
+  const bool differentiable = any_requires_grad(input, hx, weights);
   Tensor h_zero, c_zero;
   if (hx.empty()) {
     h_zero = at::zeros({batch, output}, input.options());
@@ -77,6 +97,7 @@ std::optional<StackOutputs> run_stack(const std::string& cell, const Tensor& inp
   std::vector<Tensor> h_n, c_n;
   std::vector<LayerInputs> layer;
   for (size_t first = 0; first < count; first += directions) {
+    if (first && dropout > 0) x = at::dropout(x, dropout, /*train=*/true);
     layer.clear();
     for (size_t k = first; k < first + directions; k++) {
       const Tensor h0 = hx.empty() ? h_zero : hx[0].select(0, k);
@@ -86,15 +107,15 @@ std::optional<StackOutputs> run_stack(const std::string& cell, const Tensor& inp
       layer.push_back(
           layer_inputs(cell, x, h0, c0, &weights[k * each], bias, projected, k > first));
     }
-    std::vector<LayerOutputs> out = layer_forward(layer, false, cuda::Path::kAuto);
+    std::vector<LayerOutputs> out = run_layer(layer, differentiable);
     x = directions == 1 ? out[0].output : at::cat({out[0].output, out[1].output}, -1);
     for (LayerOutputs& o : out) {
       h_n.push_back(std::move(o.h_n));
       if (lstm) c_n.push_back(std::move(*o.c_n));
     }
   }
-  StackOutputs result{batch_first ? x.transpose(0, 1) : x, joined(h_n), {}};
-  if (lstm) result.c_n = joined(c_n);
+  StackOutputs result{batch_first ? x.transpose(0, 1) : x, joined(h_n, differentiable), {}};
+  if (lstm) result.c_n = joined(c_n, differentiable);
   return result;
 }
 
@@ -112,7 +133,7 @@ std::optional<StackOutputs> run_cell(const std::string& cell, const Tensor& inpu
   const OptionalTensor c0 = lstm ? OptionalTensor(hx.empty() ? h0 : hx[1]) : std::nullopt;
   const LayerInputs in =
       layer_inputs(cell, input.unsqueeze(0), h0, c0, weights.data(), bias, false, false);
-  LayerOutputs out = std::move(layer_forward({&in, 1}, false, cuda::Path::kAuto)[0]);
+  LayerOutputs out = std::move(run_layer({in}, any_requires_grad(input, hx, weights))[0]);
   return StackOutputs{std::move(out.output), std::move(out.h_n), std::move(out.c_n)};
 }
 

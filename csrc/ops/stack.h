@@ -1,5 +1,5 @@
-// All layers and directions of a module in one call, for inference on the CPU: a streaming step
-// costs its kernel and little else.
+// All layers and directions of a module in one call on the CPU: a step of a stream, or of training a
+// small model, costs its kernels and little else.
 #pragma once
 #include "layer.h"
 
@@ -12,12 +12,12 @@ struct StackOutputs {
 
 // input [T, B, I] ([B, T, I] with batch_first); hx h_0 and, for the LSTM, c_0, [layers and
 // directions, B, size], or none for zeros; weights of each layer and direction: w_ih, w_hh, b_ih
-// and b_hh with `bias`, w_hr with `projected`. None where gradients are asked for, or where
+// and b_hh with `bias`, w_hr with `projected`; `dropout` between layers, 0 for none. None where
 // something is not a plain CPU tensor of the right shape and dtype: the general path takes those.
 std::optional<StackOutputs> run_stack(const std::string& cell, const at::Tensor& input,
                                       const std::vector<at::Tensor>& hx,
                                       const std::vector<at::Tensor>& weights, int directions,
-                                      bool bias, bool projected, bool batch_first);
+                                      bool bias, bool projected, bool batch_first, double dropout);
 
 // One step of a cell: input [B, I], states and results [B, size].
 std::optional<StackOutputs> run_cell(const std::string& cell, const at::Tensor& input,
