@@ -8,7 +8,7 @@ import rnn_ext
 from rnn_ext import _C
 
 
-def main():
+def main() -> None:
     rows = [
         ("rnn_ext", rnn_ext.__version__),
         ("torch", f"{torch.__version__} (built for {_C.built_for_torch}, with {_C.compiler})"),

@@ -3,13 +3,26 @@
 import contextlib
 import contextvars
 import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import _C
+
+__all__ = [
+    "FallbackWarning",
+    "backends",
+    "current",
+    "is_plain_call",
+    "uncovered",
+    "use_backend",
+    "warn_once",
+]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _DTYPE_NAMES = "float32, float64 or bfloat16"
@@ -17,21 +30,21 @@ _CUDA_DTYPES = (*_DTYPES, torch.float16)
 _CUDA_DTYPE_NAMES = "float32, float64, float16 or bfloat16"
 
 _current = contextvars.ContextVar("rnn_ext_backend", default="auto")
-_warned = set()
+_warned: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
     """No kernel of rnn_ext covers the call, so something slower serves it; the text says why."""
 
 
-def warn_once(reason):
+def warn_once(reason: str) -> None:
     """Warns of ``reason`` with a `FallbackWarning`, the first time in this process."""
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(reason, FallbackWarning, stacklevel=3)
 
 
-def backends() -> dict[str, dict]:
+def backends() -> dict[str, dict[str, Any]]:
     """The backends by name, each a dict with ``available`` (bool) and ``reason`` (what it is or
     lacks).
 
@@ -86,7 +99,7 @@ def current() -> str:
 
 
 @contextlib.contextmanager
-def use_backend(name: str):
+def use_backend(name: str) -> Iterator[None]:
     """Context manager: run rnn_ext's layers on backend ``name`` in this thread (or task) only.
 
     Models that torch.compile compiled do not look at it: they run the kernels, as under "auto".
@@ -130,7 +143,9 @@ def is_plain_call() -> bool:
     )
 
 
-def uncovered(x, states, weights):
+def uncovered(
+    x: Tensor, states: Iterable[Tensor | None], weights: Iterable[Iterable[Tensor | None]]
+) -> str | None:
     """Why no kernel takes these together (a phrase), or None if one does.
 
     ``states`` are tensors, ``weights`` groups of tensors or None.

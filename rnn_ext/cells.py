@@ -7,6 +7,7 @@ kernels do not take. ``input`` is [B, input_size] or [input_size], states are [B
 """
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from . import _C, composite, functional
 from .backend import is_plain_call, uncovered
 from .initialization import checked_forget_bias, forget_bias_, recurrent_
 from .replacement import Replacement
+from .signatures import CellCall, Device, LSTMCellCall
+
+__all__ = ["GRUCell", "LSTMCell", "OneStep", "RNNCell"]
 
 _ELMAN = {"tanh": "rnn_tanh", "relu": "rnn_relu", "sigmoid": "rnn_sigmoid"}
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -24,12 +28,12 @@ _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class OneStep(Replacement):
     """Mixed into torch.nn's cells; not for use on its own."""
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.recurrent_init is not None:
             recurrent_(self.weight_hh, self.hidden_size, self.recurrent_init)
 
-    def forward(self, input, hx=None):
+    def forward(self, input: Any, hx: Any = None) -> Any:
         """One step from state ``hx`` (None: zeros) to the new state, which is returned.
 
         Raises:
@@ -118,17 +122,21 @@ class RNNCell(OneStep, torch.nn.RNNCell):
 
     def __init__(
         self,
-        input_size,
-        hidden_size,
-        bias=True,
-        nonlinearity="tanh",
-        device=None,
-        dtype=None,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
-        recurrent_init=None,
-    ):
+        recurrent_init: str | None = None,
+    ) -> None:
         self._keep_recurrent_init(recurrent_init)
         super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+
+    if TYPE_CHECKING:
+        forward: CellCall
+        __call__: CellCall
 
     @property
     def _cell(self):
@@ -156,31 +164,35 @@ class LSTMCell(OneStep, torch.nn.LSTMCell):
 
     _twin = torch.nn.LSTMCell
     _cell = "lstm"
-    forget_bias = None
+    forget_bias: float | None = None
 
     def __init__(
         self,
-        input_size,
-        hidden_size,
-        bias=True,
-        device=None,
-        dtype=None,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
-        forget_bias=None,
-        recurrent_init=None,
-    ):
+        forget_bias: float | None = None,
+        recurrent_init: str | None = None,
+    ) -> None:
         self._keep_recurrent_init(recurrent_init)
         forget_bias = checked_forget_bias("LSTMCell", forget_bias)
         if forget_bias is not None:
             self.forget_bias = forget_bias
         super().__init__(input_size, hidden_size, bias, device, dtype)
 
-    def reset_parameters(self):
+    if TYPE_CHECKING:
+        forward: LSTMCellCall
+        __call__: LSTMCellCall
+
+    def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.forget_bias is not None:
             forget_bias_("LSTMCell", self.bias_ih, self.bias_hh, self.hidden_size, self.forget_bias)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         text = super().extra_repr()
         return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"
 
@@ -193,25 +205,29 @@ class GRUCell(OneStep, torch.nn.GRUCell):
     """
 
     _twin = torch.nn.GRUCell
-    reset_after = True
+    reset_after: bool = True
 
     def __init__(
         self,
-        input_size,
-        hidden_size,
-        bias=True,
-        device=None,
-        dtype=None,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
-        reset_after=True,
-        recurrent_init=None,
-    ):
+        reset_after: bool = True,
+        recurrent_init: str | None = None,
+    ) -> None:
         self._keep_recurrent_init(recurrent_init)
         if not isinstance(reset_after, bool):
             raise TypeError(f"GRUCell: reset_after must be True or False, got {reset_after!r}")
         if not reset_after:
             self.reset_after = False
         super().__init__(input_size, hidden_size, bias, device, dtype)
+
+    if TYPE_CHECKING:
+        forward: CellCall
+        __call__: CellCall
 
     @property
     def _cell(self):
@@ -221,6 +237,6 @@ class GRUCell(OneStep, torch.nn.GRUCell):
     def _extra(self):
         return None if self.reset_after else "reset_after=False"
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         text = super().extra_repr()
         return text if self._extra is None else f"{text}, {self._extra}"

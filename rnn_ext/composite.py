@@ -5,8 +5,13 @@ recompute behind second-order gradients, and what serves where no kernel does. R
 ``ops.layer``.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
+
+__all__ = ["STEPS", "layer"]
 
 _ACTIVATIONS = {"rnn_tanh": torch.tanh, "rnn_relu": torch.relu, "rnn_sigmoid": torch.sigmoid}
 
@@ -48,7 +53,9 @@ def _gru_reset_before_step(wx, h, c, w_hh, b_hh, w_hr):
     return (1 - z) * n + z * h, None
 
 
-STEPS = {name: _elman_step(activation) for name, activation in _ACTIVATIONS.items()} | {
+STEPS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    name: _elman_step(activation) for name, activation in _ACTIVATIONS.items()
+} | {
     "lstm": _lstm_step,
     "gru": _gru_step,
     "gru_reset_before": _gru_reset_before_step,
@@ -56,20 +63,20 @@ STEPS = {name: _elman_step(activation) for name, activation in _ACTIVATIONS.item
 
 
 def layer(
-    cell,
-    input,
-    h0,
-    c0,
-    w_ih,
-    w_hh,
-    b_ih,
-    b_hh,
-    w_hr=None,
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None = None,
     *,
-    batch_sizes=None,
-    reverse=False,
-    return_cells=True,
-):
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    return_cells: bool = True,
+) -> tuple[Tensor | None, ...]:
     """One layer in one direction; arguments and results as of ``ops.layer``.
 
     float16 and bfloat16 are computed in float32 and rounded at the end, as the kernels do it.

@@ -20,14 +20,19 @@ All raise ``TypeError`` for what is no tensor, ``ValueError`` for wrong dtypes, 
 sizes, and ``RuntimeError`` for wrong shapes and devices, in each case naming the argument.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
 from . import composite, ops
 from .backend import current, uncovered, warn_once
 
+__all__ = ["gru", "lstm", "rnn"]
 
-def gates(cell):
+
+def gates(cell: str) -> int:
     """How many gates ``cell`` (a name of ``ops.CELLS``) has."""
     return {"rnn": 1, "lstm": 4, "gru": 3}[cell.partition("_")[0]]
 
@@ -86,6 +91,36 @@ def gru(
     return _one_layer("gru", cell, input, hx, weights, batch_sizes, reverse, batch_first)[:2]
 
 
+@overload
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    *,
+    return_cells: Literal[False] = False,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+@overload
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    *,
+    return_cells: Literal[True],
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]: ...
 def lstm(
     input: Tensor,
     hx: tuple[Tensor, Tensor] | None,
@@ -99,7 +134,7 @@ def lstm(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
-):
+) -> Any:
     """LSTM with forget gate (Gers et al. 2000), and projection if ``w_hr`` is given (Sak et al.
     2014).
 
@@ -159,20 +194,20 @@ def _one_layer(
 
 
 def stack(
-    cell,
-    x,
-    h0,
-    c0,
-    weights,
-    directions=1,
+    cell: str,
+    x: Tensor,
+    h0: Sequence[Tensor],
+    c0: Sequence[Tensor | None],
+    weights: Sequence[tuple[Tensor | None, ...]],
+    directions: int = 1,
     *,
-    dropout=0.0,
-    batch_sizes=None,
-    reverse=False,
-    return_cells=False,
-    fused=True,
-    run=None,
-):
+    dropout: float = 0.0,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    return_cells: bool = False,
+    fused: bool = True,
+    run: Callable[..., Any] | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor | None], Tensor | None]:
     """Layers over directions over ``run`` (``ops.layer``), with dropout between layers; no checks.
 
     ``h0``, ``c0`` (Nones but for the LSTM) and ``weights`` (w_ih, w_hh, b_ih, b_hh, w_hr) are lists

@@ -3,11 +3,14 @@
 import numbers
 
 import torch
+from torch import Tensor
+
+__all__ = ["checked_forget_bias", "checked_recurrent_init", "forget_bias_", "recurrent_"]
 
 _RECURRENT = {"orthogonal": torch.nn.init.orthogonal_, "identity": torch.nn.init.eye_}
 
 
-def checked_recurrent_init(name, kind):
+def checked_recurrent_init(name: str, kind: str | None) -> str | None:
     """``kind`` if it is one we know, else ValueError; ``name`` starts the message."""
     if kind is not None and kind not in _RECURRENT:
         raise ValueError(
@@ -16,7 +19,7 @@ def checked_recurrent_init(name, kind):
     return kind
 
 
-def checked_forget_bias(name, value):
+def checked_forget_bias(name: str, value: float | None) -> float | None:
     """``value`` as a float, or None; TypeError if it is no number."""
     if value is None:
         return None
@@ -25,14 +28,16 @@ def checked_forget_bias(name, value):
     return float(value)
 
 
-def recurrent_(weight_hh, hidden_size, kind):
+def recurrent_(weight_hh: Tensor, hidden_size: int, kind: str) -> None:
     """Sets each gate's [hidden_size, hidden_size or proj_size] block of ``weight_hh``, in place."""
     for gate in weight_hh.detach().split(hidden_size):
         wide = gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, torch.float32))
         gate.copy_(_RECURRENT[kind](wide))
 
 
-def forget_bias_(name, bias_ih, bias_hh, hidden_size, value):
+def forget_bias_(
+    name: str, bias_ih: Tensor | None, bias_hh: Tensor | None, hidden_size: int, value: float
+) -> None:
     """Makes ``bias_ih + bias_hh`` of an LSTM's forget gate ``value``, in place."""
     if bias_ih is None:
         raise ValueError(f"{name}: forget_bias needs bias=True")

@@ -1,5 +1,7 @@
 """What `RNN`, `LSTM` and `GRU` share: from what users pass in to the stack of layers, and back."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Proxy
@@ -10,23 +12,25 @@ from .backend import is_plain_call, uncovered
 from .initialization import recurrent_
 from .replacement import Replacement
 
+__all__ = ["RecurrentLayers"]
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class RecurrentLayers(Replacement, torch.nn.RNNBase):
     """Not for use on its own."""
 
-    def __init__(self, *args, recurrent_init=None, **kwargs):
+    def __init__(self, *args: Any, recurrent_init: str | None = None, **kwargs: Any) -> None:
         self._keep_recurrent_init(recurrent_init)
         super().__init__(*args, **kwargs)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.recurrent_init is not None:
             for names in self._all_weights:
                 recurrent_(getattr(self, names[1]), self.hidden_size, self.recurrent_init)
 
-    def forward(self, input, hx=None, *, lengths=None):
+    def forward(self, input: Any, hx: Any = None, *, lengths: Any = None) -> Any:
         """Runs the layers over a sequence.
 
         Args:

@@ -5,9 +5,14 @@ An operator's results alias nothing: what is absent is an empty tensor, and so i
 (``wide_cells``) where it would repeat ``output`` (``cells``).
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import _C
+
+__all__ = ["layer"]
 
 _TENSORS = (
     "Tensor input, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
@@ -17,7 +22,9 @@ _SAVED = "Tensor states, Tensor wide_cells, Tensor gates, Tensor middle"
 _GRADIENTS = "Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cells"
 
 
-def layer(cell, tensors, batch_sizes, reverse):
+def layer(
+    cell: str, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None, reverse: bool
+) -> tuple[Tensor | None, ...]:
     """As ``ops.layer``, through the operator."""
     output, h_n, c_n, cells = torch.ops.rnn_ext.layer(cell, *tensors, batch_sizes, reverse)[:4]
     return (output, h_n, c_n, cells) if cell == "lstm" else (output, h_n, None, None)

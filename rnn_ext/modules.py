@@ -1,13 +1,16 @@
 """`RNN`, `LSTM` and `GRU`: torch.nn's in constructor, parameters, state_dict, results and errors.
 
 They subclass `torch.nn.RNNBase` and not torch.nn.LSTM, because torch.compile refuses every instance
-of torch.nn.RNN, LSTM and GRU.
+of torch.nn.RNN, LSTM and GRU. Their constructors hand on what they get, as torch.nn's do, so that
+wrong arguments give the same errors; modules.pyi says what a type checker should know.
 """
 
 import torch
 
 from .initialization import checked_forget_bias, forget_bias_
 from .layers import RecurrentLayers
+
+__all__ = ["GRU", "LSTM", "RNN"]
 
 
 class _WithoutProjection(RecurrentLayers):

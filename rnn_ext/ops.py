@@ -10,29 +10,34 @@
 - the backend "reference", forward-mode derivatives and torch.func transforms: ``composite``.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from . import _C, composite, library
 from .backend import current, warn_once
+
+__all__ = ["CELLS", "both_directions", "layer"]
 
 CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", "gru_reset_before")
 
 
 def layer(
-    cell,
-    input,
-    h0,
-    c0,
-    w_ih,
-    w_hh,
-    b_ih,
-    b_hh,
-    w_hr=None,
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None = None,
     *,
-    batch_sizes=None,
-    reverse=False,
-    return_cells=False,
-):
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    return_cells: bool = False,
+) -> tuple[Any, ...]:
     """One layer in one direction, with T steps, batch B, I features, H hidden and P output units.
 
     Args:
@@ -69,8 +74,15 @@ def layer(
 
 
 def both_directions(
-    cell, input, first, second, *, batch_sizes=None, reverse=False, return_cells=False
-):
+    cell: str,
+    input: Tensor,
+    first: tuple[Tensor | None, ...],
+    second: tuple[Tensor | None, ...],
+    *,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    return_cells: bool = False,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """A layer's two directions over one input: what `layer` gives for each, as a pair.
 
     ``first`` (forward in time) and ``second`` (backward) are (h0, c0, w_ih, w_hh, b_ih, b_hh,

@@ -3,12 +3,17 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from . import _C, functional
 from .backend import current, uncovered
 from .cells import OneStep
 from .layers import RecurrentLayers
 from .quantization import QuantizedLayers
+from .signatures import Pair
+
+__all__ = ["LayerPlan", "Plan", "explain"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class LayerPlan:
     split: str
     reason: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         if not self.isa:
             return f"{self.kernel} kernel: {self.reason}"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads over {self.split}"
@@ -47,7 +52,7 @@ class Plan:
     module: str
     steps: tuple[LayerPlan, ...]
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = {}
         for step in self.steps:
             where.setdefault(str(step), []).append(f"layer {step.layer} {step.direction}")
@@ -56,7 +61,11 @@ class Plan:
         return "\n".join(f"{self.module}, {', '.join(at)}: {text}" for text, at in where.items())
 
 
-def explain(module: torch.nn.Module, input, hx=None) -> Plan:
+def explain(
+    module: torch.nn.Module,
+    input: Tensor | PackedSequence,
+    hx: Tensor | Pair | None = None,
+) -> Plan:
     """Which kernel ``module(input, hx)`` would run for each layer and direction, and why; runs
     nothing.
 

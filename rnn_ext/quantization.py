@@ -1,7 +1,7 @@
 """`quantize_weights`: weights of fewer bits, for inference on the CPU where reading them is the
 time."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from . import _C, functional
 from .backend import is_plain_call
 from .layers import RecurrentLayers
 from .modules import GRU, LSTM, RNN
+
+__all__ = ["KINDS", "QuantizedLayers", "pack", "quantize_weights", "unpack"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -146,7 +148,18 @@ class QuantizedLayers(torch.nn.Module):
     _run_with_lengths = RecurrentLayers._run_with_lengths
     _as_leaf = RecurrentLayers._as_leaf
 
-    def __init__(self):
+    kind: str
+    float_bytes: int
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    bidirectional: bool
+    proj_size: int
+    _all_weights: list[list[str]]
+
+    def __init__(self) -> None:
         raise TypeError("QuantizedLayers: made by rnn_ext.quantize_weights, not by its constructor")
 
     @classmethod
@@ -229,7 +242,9 @@ class QuantizedLayers(torch.nn.Module):
             )
         return groups
 
-    def forward(self, input, hx=None, *, lengths=None, return_cells=False):
+    def forward(
+        self, input: Any, hx: Any = None, *, lengths: Any = None, return_cells: bool = False
+    ) -> Any:
         """As the float layer's, in float32 on the CPU.
 
         Raises:
@@ -319,12 +334,12 @@ class QuantizedLayers(torch.nn.Module):
     def _update_flat_weights(self):
         pass
 
-    def check_input(self, input, batch_sizes):
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raises RuntimeError unless ``input`` has the features."""
         if input.size(-1) != self.input_size:
             self._refuse(input, None)
 
-    def flatten_parameters(self):
+    def flatten_parameters(self) -> None:
         """Nothing: for code that calls it on every recurrent layer."""
 
     def _apply(self, fn, recurse=True):
@@ -344,7 +359,7 @@ class QuantizedLayers(torch.nn.Module):
     def _get_name(self):
         return f"Quantized{self._float_name}"
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         size = sum(t.numel() * t.element_size() for t in self._buffers.values())
         return (
             f"{self._description}, {self.kind} weights: {_in_words(size)} instead of "

@@ -1,11 +1,14 @@
 """What stands in for a class of torch.nn has in common, layer or cell."""
 
 import copy
+from typing import Any
 
 from torch import Tensor
 
 from .backend import current, warn_once
 from .initialization import checked_recurrent_init
+
+__all__ = ["Replacement"]
 
 
 class Replacement:
@@ -18,14 +21,14 @@ class Replacement:
     _twin: type
     _cell: str  # name of the cell, as rnn_ext.ops knows it
     _extra = None  # what the twin has no equivalent of, in words
-    recurrent_init = None
+    recurrent_init: str | None = None
 
     def _keep_recurrent_init(self, kind):
         """To be called before the constructor of torch.nn, which initializes."""
         if checked_recurrent_init(self._get_name(), kind) is not None:
             self.recurrent_init = kind
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         text = super().extra_repr()
         if self.recurrent_init is not None:
             text += f", recurrent_init={self.recurrent_init!r}"
@@ -68,7 +71,7 @@ class Replacement:
         path = proxy.tracer.path_of_module(self)
         return proxy.tracer.create_proxy("call_module", path, (proxy,), given)
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> Any:
         """What torch.jit.script compiles: the twin, with the same parameters."""
         if self._extra is not None:
             raise RuntimeError(f"{self._get_name()} with {self._extra} cannot be scripted")

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 from .cells import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN
 
+__all__ = ["accelerate", "restore"]
+
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 _OURS = {ours._twin: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}

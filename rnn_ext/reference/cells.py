@@ -9,10 +9,31 @@ record and the gradient that reaches the new state, and returns the gradients of
 what comes from step t-1, and a product of two vectors is element by element.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
+
+__all__ = [
+    "ACTIVATIONS",
+    "SLOPES",
+    "ElmanStep",
+    "GRUStep",
+    "LSTMStep",
+    "StepGradients",
+    "Weights",
+    "affine",
+    "elman_step",
+    "elman_step_backward",
+    "gru_reset_before_step",
+    "gru_reset_before_step_backward",
+    "gru_step",
+    "gru_step_backward",
+    "lstm_step",
+    "lstm_step_backward",
+    "sigmoid",
+]
 
 
 class Weights(NamedTuple):
@@ -33,27 +54,27 @@ class StepGradients(NamedTuple):
     weights: Weights  # this step's terms of dW, dU, db_ih, db_hh (and dW_hr), summed over the batch
 
 
-def sigmoid(a):
+def sigmoid(a: ndarray) -> ndarray:
     """1 / (1 + exp(-a)) without overflow, accurate to the last digits in both tails."""
     small = np.exp(-np.abs(a))
     return np.where(a >= 0, 1.0, small) / (1.0 + small)
 
 
-def affine(x, weight, bias):
+def affine(x: ndarray, weight: ndarray, bias: ndarray | None) -> ndarray:
     return x @ weight.T if bias is None else x @ weight.T + bias
 
 
 # Simple recurrent network: Elman, "Finding structure in time", Cognitive Science 14, 1990.
 # a = W x + b_ih + U h' + b_hh      h = f(a)
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[ndarray], ndarray]] = {
     "tanh": np.tanh,
     "relu": lambda a: np.maximum(a, 0.0),
     "sigmoid": sigmoid,
 }
 
 # f'(a) written with h = f(a), so that h is all a step has to keep.
-SLOPES = {
+SLOPES: dict[str, Callable[[ndarray], ndarray]] = {
     "tanh": lambda h: 1.0 - h * h,
     "relu": lambda h: (h > 0).astype(h.dtype),
     "sigmoid": lambda h: h * (1.0 - h),
@@ -66,18 +87,20 @@ class ElmanStep(NamedTuple):
     h: ndarray
 
     @property
-    def state(self):
+    def state(self) -> tuple[ndarray]:
         return (self.h,)
 
 
-def elman_step(x, h, weights, nonlinearity="tanh"):
+def elman_step(x: ndarray, h: ndarray, weights: Weights, nonlinearity: str = "tanh") -> ElmanStep:
     """h_t from x_t and h_{t-1}; nonlinearity is "tanh", "relu" or "sigmoid"."""
     w = weights
     a = affine(x, w.w_ih, w.b_ih) + affine(h, w.w_hh, w.b_hh)
     return ElmanStep(x, h, ACTIVATIONS[nonlinearity](a))
 
 
-def elman_step_backward(step, dh, weights, nonlinearity="tanh"):
+def elman_step_backward(
+    step: ElmanStep, dh: ndarray, weights: Weights, nonlinearity: str = "tanh"
+) -> StepGradients:
     """dh [B, H] is dL/dh_t: from the output at t and from step t+1 together."""
     delta = SLOPES[nonlinearity](step.h) * dh
     db = delta.sum(0)
@@ -106,11 +129,11 @@ class LSTMStep(NamedTuple):
     h: ndarray
 
     @property
-    def state(self):
+    def state(self) -> tuple[ndarray, ndarray]:
         return self.h, self.c
 
 
-def lstm_step(x, h, c, weights):
+def lstm_step(x: ndarray, h: ndarray, c: ndarray, weights: Weights) -> LSTMStep:
     """h_t and c_t from x_t, h_{t-1} and c_{t-1}; with weights.w_hr, h_t is projected to P units."""
     w = weights
     a_i, a_f, a_g, a_o = np.split(affine(x, w.w_ih, w.b_ih) + affine(h, w.w_hh, w.b_hh), 4, -1)
@@ -121,7 +144,7 @@ def lstm_step(x, h, c, weights):
     return LSTMStep(x, h, c, i, f, g, o, c_new, h_new)
 
 
-def lstm_step_backward(step, dh, dc, weights):
+def lstm_step_backward(step: LSTMStep, dh: ndarray, dc: ndarray, weights: Weights) -> StepGradients:
     """dh [B, H or P] is dL/dh_t; dc [B, H] the part of dL/dc_t that does not pass through h_t."""
     _, _, c_prev, i, f, g, o, c, _ = step
     tanh_c = np.tanh(c)
@@ -159,11 +182,11 @@ class GRUStep(NamedTuple):
     h: ndarray
 
     @property
-    def state(self):
+    def state(self) -> tuple[ndarray]:
         return (self.h,)
 
 
-def gru_step(x, h, weights):
+def gru_step(x: ndarray, h: ndarray, weights: Weights) -> GRUStep:
     """h_t from x_t and h_{t-1}, the reset gate applied after the recurrent product."""
     x_r, x_z, x_n = np.split(affine(x, weights.w_ih, weights.b_ih), 3, -1)
     h_r, h_z, q = np.split(affine(h, weights.w_hh, weights.b_hh), 3, -1)
@@ -172,7 +195,7 @@ def gru_step(x, h, weights):
     return GRUStep(x, h, r, z, n, q, h=(1.0 - z) * n + z * h)
 
 
-def gru_step_backward(step, dh, weights):
+def gru_step_backward(step: GRUStep, dh: ndarray, weights: Weights) -> StepGradients:
     """dh [B, H] is dL/dh_t. The n rows get delta_n on the input side, r * delta_n on the other."""
     x, h_prev, r, z, n, q, _ = step
     delta_n = dh * (1.0 - z) * (1.0 - n * n)
@@ -187,7 +210,7 @@ def gru_step_backward(step, dh, weights):
     )
 
 
-def gru_reset_before_step(x, h, weights):
+def gru_reset_before_step(x: ndarray, h: ndarray, weights: Weights) -> GRUStep:
     """h_t from x_t and h_{t-1}, the reset gate applied to h_{t-1} before the recurrent product."""
     w_rz, w_n = np.split(weights.w_hh, [2 * h.shape[-1]])
     b_rz, b_n = (None, None) if weights.b_hh is None else np.split(weights.b_hh, [2 * h.shape[-1]])
@@ -198,7 +221,7 @@ def gru_reset_before_step(x, h, weights):
     return GRUStep(x, h, r, z, n, q=h, h=(1.0 - z) * n + z * h)
 
 
-def gru_reset_before_step_backward(step, dh, weights):
+def gru_reset_before_step_backward(step: GRUStep, dh: ndarray, weights: Weights) -> StepGradients:
     """dh [B, H] is dL/dh_t. The n rows of U have r * h_{t-1} as their input, not h_{t-1}."""
     x, h_prev, r, z, n, _, _ = step
     w_rz, w_n = np.split(weights.w_hh, [2 * h_prev.shape[-1]])

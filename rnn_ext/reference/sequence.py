@@ -5,25 +5,30 @@ long enough take part, and t runs over 0..T-1 or T-1..0. The backward pass walks
 (Werbos, "Backpropagation through time: what it does and how to do it", Proc. IEEE 78, 1990).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
+from numpy.typing import ArrayLike
 
 from . import cells
-from .cells import Weights
+from .cells import StepGradients, Weights
+
+__all__ = ["CELLS", "Cell", "Gradients", "Result", "Tape", "backward", "forward"]
 
 
 class Cell(NamedTuple):
     gates: int
-    step: Callable  # (x, *state, weights) -> record
-    step_backward: Callable  # (record, *gradient of state, weights) -> StepGradients
+    step: Callable[..., Any]  # (x, *state, weights) -> record
+    step_backward: Callable[
+        ..., StepGradients
+    ]  # (record, *gradient of state, weights) -> StepGradients
 
 
-CELLS = {
+CELLS: dict[str, Cell] = {
     f"rnn_{name}": Cell(
         1,
         partial(cells.elman_step, nonlinearity=name),
@@ -45,7 +50,9 @@ class Tape:
     weights: Weights
     active: ndarray  # bool [T, B]: row b takes part in step t
     packed: bool
-    steps: list  # (t, rows that took part, record of the step), in the order they were made
+    steps: list[
+        tuple[int, ndarray, Any]
+    ]  # (t, rows that took part, record of the step), in the order they were made
     input_size: int
 
 
@@ -80,7 +87,17 @@ class Gradients:
     w_hr: ndarray | None
 
 
-def forward(cell, x, h0, c0, weights, *, batch_sizes=None, lengths=None, reverse=False):
+def forward(
+    cell: str,
+    x: ArrayLike,
+    h0: ArrayLike | None,
+    c0: ArrayLike | None,
+    weights: Weights | Sequence[ArrayLike | None],
+    *,
+    batch_sizes: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    reverse: bool = False,
+) -> Result:
     """Run one layer in one direction over a batch of sequences.
 
     cell     a name in CELLS
@@ -129,7 +146,13 @@ def forward(cell, x, h0, c0, weights, *, batch_sizes=None, lengths=None, reverse
     return Result(output, h_n, c_n, all_c, Tape(spec, weights, active, packed, tape, x.shape[-1]))
 
 
-def backward(result, d_output=None, d_h_n=None, d_c_n=None, d_cells=None):
+def backward(
+    result: Result,
+    d_output: ArrayLike | None = None,
+    d_h_n: ArrayLike | None = None,
+    d_c_n: ArrayLike | None = None,
+    d_cells: ArrayLike | None = None,
+) -> Gradients:
     """Backpropagate through time: Gradients of a loss from its gradients at what forward returned.
 
     d_output, d_h_n, d_c_n and d_cells have the shapes of the results they belong to; None is zero.

@@ -1,0 +1,159 @@
+"""The compiled part (csrc/ops/bindings.cpp): kernels and what is known of them. Not public."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+_Optional: TypeAlias = Tensor | None
+_Wanted: TypeAlias = Sequence[bool]
+
+built_for_torch: str
+compiler: str
+cuda_architectures: str
+
+def layer_forward(
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: _Optional,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: _Optional,
+    b_hh: _Optional,
+    w_hr: _Optional,
+    batch_sizes: _Optional,
+    reverse: bool,
+    save: bool,
+    backend: str,
+    /,
+) -> tuple[Any, ...]: ...
+def layer_backward(
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: _Optional,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: _Optional,
+    b_hh: _Optional,
+    w_hr: _Optional,
+    batch_sizes: _Optional,
+    reverse: bool,
+    states: Tensor,
+    cells: _Optional,
+    gates: _Optional,
+    middle: _Optional,
+    isa: str,
+    d_output: _Optional,
+    d_h_n: _Optional,
+    d_c_n: _Optional,
+    d_cells: _Optional,
+    wanted: _Wanted,
+    backend: str,
+    /,
+) -> list[_Optional]: ...
+def both_forward(
+    cell: str,
+    input: Tensor,
+    tensors: Sequence[Sequence[_Optional]],
+    batch_sizes: _Optional,
+    save: bool,
+    backend: str,
+    /,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]: ...
+def both_backward(
+    cell: str,
+    input: Tensor,
+    tensors: Sequence[Sequence[_Optional]],
+    batch_sizes: _Optional,
+    kept: Sequence[Sequence[_Optional]],
+    isa: str,
+    upstream: Sequence[Sequence[_Optional]],
+    wanted: Sequence[_Wanted],
+    backend: str,
+    /,
+) -> list[list[_Optional]]: ...
+def run_stack(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    directions: int,
+    bias: bool,
+    projected: bool,
+    batch_first: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
+def run_cell(
+    cell: str, input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], bias: bool, /
+) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
+def quantized_layer(
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: _Optional,
+    tensors: Sequence[_Optional],
+    batch_sizes: _Optional,
+    reverse: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor | None]: ...
+def quantized_stack(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    tensors: Sequence[Sequence[_Optional]],
+    directions: int,
+    hidden: int,
+    output: int,
+    batch_first: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
+def gates_width(cell: str, hidden: int, real_bytes: int, /) -> int: ...
+def plan_cpu(
+    cell: str,
+    dtype: str,
+    steps: int,
+    batch: int,
+    input: int,
+    hidden: int,
+    output: int,
+    directions: int,
+    /,
+) -> dict[str, Any]: ...
+def cpu_isas() -> list[str]: ...
+def cpu_isa() -> str: ...
+def set_cpu_isa(name: str, /) -> None: ...
+def cpu_multiplies_bfloat16() -> bool: ...
+def cuda_unavailable() -> str: ...
+
+class CudaDeviceLimits:
+    major: int
+    minor: int
+    sm_count: int
+    registers_per_sm: int
+    shared_per_sm: int
+    shared_per_block: int
+    shared_reserved: int
+    threads_per_sm: int
+    blocks_per_sm: int
+    l2_bytes: int
+    cluster_size: int
+    cooperative: bool
+    def __init__(self) -> None: ...
+
+def cuda_device_limits(device: int, /) -> CudaDeviceLimits: ...
+def plan_cuda(
+    cell: str,
+    dtype: torch.dtype,
+    steps: int,
+    batch: int,
+    hidden: int,
+    directions: int,
+    projected: bool,
+    backend: str,
+    limits: CudaDeviceLimits,
+    /,
+) -> tuple[tuple[str, str], tuple[str, str]]: ...
+def poison_scratch(on: bool, /) -> None: ...
