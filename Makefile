@@ -13,7 +13,7 @@ SETUP := $(PY) tools/dev_setup.py
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: help environment demo test bench build gpu lint format clean
+.PHONY: help environment demo test bench build gpu lint types docs features dist format clean
 
 help:
 	@echo "make demo    train a character language model, rnn_ext beside torch.nn (under 3 minutes)"
@@ -21,7 +21,11 @@ help:
 	@echo "make bench   speed and memory beside torch.nn     make bench ARGS=--quick"
 	@echo "make build   compile what changed, for this checkout"
 	@echo "make gpu     on a machine with a GPU: build, check, measure (STAGE=tests for one stage)"
-	@echo "make lint    check style              make format   fix it"
+	@echo "make lint    check style and types    make format   fix the style"
+	@echo "make types   check the types alone"
+	@echo "make docs    the reference and the guides as web pages, in build/docs"
+	@echo "make features  docs/features.md anew: each feature, by the test that shows it"
+	@echo "make dist    a source distribution and a wheel for this Python and torch, in dist"
 	@echo "make clean   remove what was built; the environment .venv stays"
 	@echo "Each sets up what it needs in .venv; PYTHON=python uses your own environment."
 
@@ -51,12 +55,34 @@ gpu:
 	  "a CUDA torch: make gpu PYTHON=python3"; exit 1; }
 	@$(PY) tools/gpu.py $(STAGE) $(ARGS)
 
-lint: environment
+lint: environment types
 	@$(SETUP) packages lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	@echo "clang-format csrc"
 	@$(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES)
+
+# rnn_ext need not be compiled for this; torch has to be there.
+types: environment
+	@$(SETUP) packages torch types
+	$(PY) tools/check_types.py
+
+# A warning is an error. Needs no network once the packages are there.
+docs: environment
+	@$(SETUP) build docs
+	$(PY) -m sphinx -W --keep-going -q -E -b html docs build/docs
+	@echo "build/docs/index.html"
+
+features: environment
+	@$(SETUP) build test
+	$(PY) tools/feature_table.py $(ARGS)
+
+dist: environment
+	@$(SETUP) packages torch build
+	rm -rf dist
+	$(PY) -c "import build_backend; build_backend.build_sdist('dist')"
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist dist/rnn_ext-*.tar.gz
+	@ls -l dist
 
 format: environment
 	@$(SETUP) packages lint

@@ -132,7 +132,7 @@ class LSTM(RecurrentLayers):
             ``(output, (h_n, c_n))``, or ``(output, (h_n, c_n), cells)``.
 
         Raises:
-            As `RecurrentLayers.forward`.
+            ValueError, RuntimeError: as `RecurrentLayers.forward`.
         """
         results = self._run(input, hx, lengths, return_cells)
         return results if return_cells else results[:2]

@@ -50,7 +50,7 @@ def restore(model: Model) -> Model:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: a layer does what torch.nn's cannot (named, with the module); nothing was
-        changed.
+            changed.
     """
     for name, module in _exchangeable(model, "restore", _TORCH):
         if module._extra is not None:

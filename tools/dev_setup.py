@@ -1,7 +1,7 @@
 """What the Makefile does before it runs something. Standard library only.
 
     python3 tools/dev_setup.py venv .venv          # make an environment, once
-    .venv/bin/python tools/dev_setup.py packages lint
+    .venv/bin/python tools/dev_setup.py packages lint        # "torch" among them installs torch
     .venv/bin/python tools/dev_setup.py build test # torch, packages, and an editable build
 
 Each step looks at what is there and does nothing when that is enough. pip reads its usual
@@ -30,9 +30,20 @@ CUDA_READERS = ["nvidia-cuda-cuobjdump==13.5.37", "nvidia-cuda-nvdisasm==13.5.37
 PACKAGES = {
     "build": ["setuptools>=77", "wheel", "ninja", "numpy>=1.24"],
     "demo": ["tqdm", "matplotlib"],
-    "test": ["pytest>=8", "hypothesis", "expecttest", "tqdm", "matplotlib", *CUDA_READERS],
+    "test": [
+        "pytest>=8",
+        "hypothesis",
+        "expecttest",
+        "pyyaml",
+        "tqdm",
+        "matplotlib",
+        *CUDA_READERS,
+    ],
     "bench": ["tqdm", "matplotlib"],
     "lint": ["ruff==0.17.5", "clang-format==23.1.5"],
+    "types": ["basedpyright==1.40.2", "numpy>=1.24", "pytest>=8"],
+    "docs": ["sphinx>=8.1", "furo", "myst-parser>=4", "latex2mathml>=3.77"],
+    "torch": [],  # TORCH_SPEC where there is none
 }
 BUILD_VARIABLES = ["CXX", "CXXFLAGS", "CFLAGS", "LDFLAGS", "TORCH_CUDA_ARCH_LIST"]
 BUILD_INPUTS = ["csrc/**/*", "build_backend/*.py", "setup.py", "pyproject.toml"]
@@ -162,7 +173,8 @@ def main():
         make_environment(args.folder)
         return
     groups = ["build", *args.groups] if args.command == "build" else args.groups
-    if args.command == "build" and importlib.util.find_spec("torch") is None:
+    wants_torch = args.command == "build" or "torch" in groups
+    if wants_torch and importlib.util.find_spec("torch") is None:
         install([TORCH_SPEC], quiet=False)
     install(sorted({requirement for group in groups for requirement in PACKAGES[group]}))
     if args.command == "build":

@@ -5,6 +5,8 @@ long enough take part, and t runs over 0..T-1 or T-1..0. The backward pass walks
 (Werbos, "Backpropagation through time: what it does and how to do it", Proc. IEEE 78, 1990).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -100,16 +102,21 @@ def forward(
 ) -> Result:
     """Run one layer in one direction over a batch of sequences.
 
-    cell     a name in CELLS
-    x        [T, B, I], or [N, I] with batch_sizes
-    h0, c0   [B, S] and [B, H], or None for zeros; c0 must be None for all but "lstm"
-    weights  Weights, or a sequence in the order of its fields (None for what is absent)
-    batch_sizes  [T], non-increasing: rows in each step of a PackedSequence of torch
-    lengths  [B], 0..T, in any order: steps in each row of the padded x, whose rest is never read
-    reverse  from each row's last step to its first
+    Arrays are anything that numpy.asarray takes, and are computed with in float64.
 
-    Arrays are anything that numpy.asarray takes, and are computed with in float64. Returns Result.
-    Raises ValueError on an unknown cell, a wrong shape, or lengths or batch_sizes out of range.
+    Args:
+        cell: a name in CELLS.
+        x: [T, B, I], or [N, I] with batch_sizes.
+        h0: [B, S], or None for zeros.
+        c0: [B, H], or None for zeros; None for all but "lstm".
+        weights: Weights, or a sequence in the order of its fields (None for what is absent).
+        batch_sizes: [T], non-increasing: rows in each step of a PackedSequence of torch.
+        lengths: [B], 0..T, in any order: steps in each row of the padded x, whose rest is never
+            read.
+        reverse: from each row's last step to its first.
+
+    Raises:
+        ValueError: an unknown cell, a wrong shape, or lengths or batch_sizes out of range.
     """
     if cell not in CELLS:
         raise ValueError(f"reference: unknown cell {cell!r}; known are {', '.join(CELLS)}")
@@ -155,8 +162,12 @@ def backward(
 ) -> Gradients:
     """Backpropagate through time: Gradients of a loss from its gradients at what forward returned.
 
-    d_output, d_h_n, d_c_n and d_cells have the shapes of the results they belong to; None is zero.
-    Raises ValueError on another shape.
+    Args:
+        result: what `forward` returned.
+        d_output, d_h_n, d_c_n, d_cells: shaped like the results they belong to; None is zero.
+
+    Raises:
+        ValueError: another shape.
     """
     tape = result.tape
     d_trajectory = _like(
