@@ -1,0 +1,114 @@
+"""The rows of docs/features.md: what is asked for, who tests that ours does it, what torch.nn does.
+
+`make features` runs each named test and each probe (torch_nn_probes.py) and writes the table. A new
+feature is one line here. ``cudnn`` is what a GPU does where the source in ``SOURCES`` says so.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch_nn_probes as probes
+
+MEASURE = "the measure"
+NOT_MEASURED = "not measured"
+NOT_COMPARED = "not compared"
+SAME = "as on the CPU"  # decided in Python, before any kernel
+
+SOURCES = {
+    "a": "pytorch/pytorch#5261: `_cudnn_rnn_backward` has no derivative",
+    "b": 'pytorch/pytorch#10006: "cudnn RNN backward can only be called in training mode"',
+    "c": "the notes on cuDNN in the documentation of `torch.nn.LSTM`",
+    "d": "NVIDIA, cuDNN API reference, `cudnnRNNMode_t`: RELU, TANH, LSTM and GRU (reset after)",
+}
+
+
+class Feature(NamedTuple):
+    """One row. ``tests`` holds node ids below tests/; ``ours`` is what they show, if not "yes"."""
+
+    name: str
+    tests: tuple[str, ...]
+    torch_nn: Callable | str
+    cudnn: str = NOT_MEASURED
+    ours: str = "yes"
+
+
+def row(name, tests, torch_nn, cudnn=NOT_MEASURED, ours="yes"):
+    return Feature(name, tuple(tests.split()), torch_nn, cudnn, ours)
+
+
+# fmt: off
+FEATURES = {
+    "In torch.nn's place": [
+        row("the results and gradients of torch.nn", "test_modules.py::test_results_and_gradients_are_those_of_torch test_cells.py::test_results_and_gradients_are_those_of_torch", MEASURE, NOT_COMPARED),
+        row("its parameters, state_dict and repr", "test_modules.py::test_parameters_state_dict_and_repr_are_those_of_torch", MEASURE, NOT_COMPARED),
+        row("its errors for wrong arguments and input", "test_errors.py::test_constructors_fail_as_those_of_torch test_errors.py::test_calls_fail_as_those_of_torch", MEASURE, NOT_COMPARED),
+        row("its dropout masks from the same seed", "test_modules.py::test_dropout_draws_the_masks_of_torch", MEASURE, NOT_COMPARED),
+        row("torch's own database of module tests", "test_torch_database.py", MEASURE, NOT_COMPARED),
+        row("swapped into a model that exists, and back", "test_swap.py::test_accelerate_and_restore_a_model test_swap.py::test_an_optimizer_made_before_goes_on_training", MEASURE, NOT_COMPARED),
+        row("errors bounded by torch.nn's, against float64", "test_layer.py::test_layer_is_as_exact_as_torch", MEASURE, NOT_COMPARED),
+    ],
+    "Gradients": [
+        row("double backward", "test_layer.py::test_gradcheck test_compile.py::test_second_order_gradients", probes.double_backward, "no [a]", "yes, in torch operations"),
+        row("backward in eval mode", "test_torch_database.py::test_forward_and_gradients", probes.eval_backward, "no [b]"),
+        row("backward twice over one graph", "test_layer.py::test_a_second_backward_is_right", probes.second_backward),
+        row("forward mode (`torch.func.jvp`)", "test_compile.py::test_transforms_of_torch_func", probes.forward_mode, ours="yes, in torch operations"),
+        row("per-sample gradients (`vmap(grad(...))`)", "test_compile.py::test_transforms_of_torch_func", probes.per_sample_gradients, ours="yes, in torch operations"),
+        row("no gradients where none are wanted; inference mode", "test_modules.py::test_no_gradients_where_none_are_wanted", probes.inference_mode),
+    ],
+    "Compilers": [
+        row("torch.compile without a graph break", "test_compile.py::test_layers_compile_without_a_graph_break test_compile.py::test_cells_compile_without_a_graph_break", probes.compiled, SAME),
+        row("torch.export", "test_compile.py::test_export", probes.exported),
+        row("operators that pass torch.library.opcheck", "test_cpu.py::test_operator_passes_the_checks_of_torch", "torch's own operators"),
+        row("torch.fx: layers are leaves", "test_compile.py::test_fx_treats_layers_and_cells_as_leaves", probes.fx, SAME),
+        row("torch.jit.trace", "test_compile.py::test_torchscript", probes.traced, ours="yes, as torch.nn's operators, with a warning"),
+        row("torch.jit.script", "test_compile.py::test_torchscript test_compile.py::test_torchscript_refuses_what_torch_nn_has_not", probes.scripted, ours="yes, as torch.nn's layer, with a warning; not what torch.nn has not"),
+    ],
+    "Numbers": [
+        row("float64", "test_modules.py::test_other_dtypes test_layer.py::test_variants_are_as_exact_as_torch", probes.float64),
+        row("bfloat16", "test_modules.py::test_other_dtypes test_layer.py::test_long_sums_of_bfloat16", probes.bfloat16),
+        row("float16 on the CPU", "test_backends.py::test_float16_is_served_by_torch_nn_with_one_warning", probes.float16, "on the GPU: yes [c]", "through torch.nn, with a warning"),
+        row("autocast to bfloat16 on the CPU", "test_backends.py::test_autocast_gives_the_dtypes_of_torch", probes.autocast),
+        row("NaN and infinity come through", "test_layer.py::test_nan_and_infinity_come_through", probes.nan_comes_through),
+        row("the same bits every time", "test_cpu.py::test_same_bits_every_time", probes.same_bits, "not with every version, unless `CUBLAS_WORKSPACE_CONFIG` is set [c]"),
+        row("both directions at once: the bits of one thread", "test_cpu.py::test_side_by_side_gives_the_bits_of_one_thread", probes.any_threads),
+        row("weights in int8 or bfloat16", "test_quantization.py::test_exact_for_the_stored_weights test_quantization.py::test_close_to_the_float_weights", probes.quantized),
+    ],
+    "Input": [
+        row("PackedSequence", "test_modules.py::test_results_and_gradients_are_those_of_torch", probes.packed, "yes, but not with its persistent kernels [c]"),
+        row("`lengths=` in any order, without packing", "test_extras.py::test_lengths_are_packing_and_padding test_extras.py::test_lengths_at_the_edges", probes.lengths, SAME),
+        row("views of any strides", "test_modules.py::test_views_in_memory", probes.strided),
+        row("an empty batch", "test_modules.py::test_empty_batches", probes.empty_batch),
+    ],
+    "Cells and options": [
+        row("a fused kernel for RNN, LSTM and GRU on the CPU", "test_backends.py::test_explain_says_what_runs_and_why", probes.fused, "on the GPU: yes [c]"),
+        row("sigmoid RNN", "test_extras.py::test_other_cells_follow_the_reference", probes.sigmoid, "no [d]"),
+        row("the original GRU, reset before the product", "test_extras.py::test_other_cells_follow_the_reference", probes.original_gru, "no [d]"),
+        row("LSTM with projection", "test_layer.py::test_gradcheck test_extras.py::test_every_cell_state", probes.projection),
+        row("every cell state, with gradients", "test_extras.py::test_every_cell_state test_extras.py::test_gradients_through_the_cell_states", probes.all_cell_states, SAME),
+        row("orthogonal or identity recurrent weights", "test_extras.py::test_recurrent_init", probes.recurrent_init, SAME),
+        row("forget gate bias", "test_extras.py::test_forget_bias_in_every_layer_and_direction", probes.forget_bias, SAME),
+        row("which kernel would run, and why", "test_backends.py::test_explain_says_what_runs_and_why", "no: nothing to ask", SAME),
+    ],
+    "Modules": [
+        row("pickle, torch.save, deepcopy", "test_modules.py::test_copies test_cells.py::test_parameters_repr_and_copies", probes.pickled, SAME),
+        row("checkpoints of torch before 1.8", "test_modules.py::test_setstate_of_old_checkpoints", MEASURE, SAME),
+        row("parametrized weights (weight_norm)", "test_modules.py::test_weights_that_are_not_parameters test_modules.py::test_old_weight_norm", probes.parametrized, SAME),
+        row("weights given by functional_call", "test_modules.py::test_weights_that_are_not_parameters", probes.functional_call, SAME),
+        row("meta device", "test_modules.py::test_conversions_and_factories", probes.meta, SAME),
+        row("frozen weights, hooks, subclasses", "test_modules.py::test_subclasses_hooks_and_frozen_weights", probes.frozen, SAME),
+        row("many Python threads at once", "test_cpu.py::test_many_python_threads_at_once test_cpu.py::test_other_threads_run_while_a_kernel_does", probes.threads),
+        row("calls typed: PackedSequence in, PackedSequence out", "test_typing.py", probes.typed_calls, SAME),
+    ],
+}
+
+# What torch.nn has and we have not; no test can show an absence.
+MISSING = [
+    ("wheels to install: no compiler needed", "compiled where it is installed, about a minute"),
+    ("macOS, Windows", "Linux"),
+    ("other devices (MPS, XPU, ROCm)", "torch.nn's own kernels serve, with a warning"),
+    ("a GPU's speed, measured for years", "CUDA kernels that have not run on a GPU yet (README)"),
+    ("`isinstance(layer, torch.nn.LSTM)`", "`torch.nn.RNNBase`, unless the class is assigned"),
+    ("TorchScript keeps the layer's own kernel", "torch.nn's serves, with a warning"),
+    ("`torch.ao.quantization`", "`rnn_ext.quantize_weights`; cells are not quantized"),
+]
+# fmt: on
