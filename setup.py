@@ -24,6 +24,14 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "rnn_ext/version.py").read_
 WITHOUT_COMPILING = {"egg_info", "dist_info", "sdist"}
 
 
+def required_torch():
+    """A source distribution goes with any torch, a wheel with the minor version it is built for."""
+    version = None if {"egg_info", "sdist"} & set(sys.argv) else environment.torch_version()
+    if version is None:
+        return "torch>=" + ".".join(map(str, environment.OLDEST_TORCH))
+    return f"torch=={'.'.join(version.split('.')[:2])}.*"
+
+
 def files(*patterns):
     return sorted(str(f.relative_to(ROOT)) for p in patterns for f in (ROOT / "csrc").glob(p))
 
@@ -128,9 +136,10 @@ else:
 setup(
     version=VERSION,
     packages=find_packages(include=["rnn_ext", "rnn_ext.*"]),
-    package_data={"rnn_ext": ["py.typed"]},
+    package_data={"rnn_ext": ["py.typed", "*.pyi"]},
     include_package_data=False,
     ext_modules=ext_modules,
     cmdclass=commands,
+    install_requires=[required_torch(), "numpy>=1.24"],
     zip_safe=False,
 )

@@ -13,13 +13,24 @@ or in a model that exists:
 """
 
 import importlib
+import re
 
 import torch
 
 from .version import __version__
 
 
-def _check_extension():
+def _same_interface(built: str, present: str) -> bool:
+    """Whether what was compiled for one torch runs with another: releases of one minor version.
+
+    Development versions have no such promise: they must be the same.
+    """
+    release = re.compile(r"(\d+\.\d+)\.\d+(\+(cpu|cu\d+|rocm[\d.]+|xpu))?")
+    minors = [match and match[1] for match in map(release.fullmatch, (built, present))]
+    return built == present or (None not in minors and minors[0] == minors[1])
+
+
+def _check_extension() -> None:
     """Imports the compiled part first, so that what is wrong with it is said in one sentence."""
     reinstall = "run `pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
     try:
@@ -34,7 +45,7 @@ def _check_extension():
         raise ImportError(
             f"rnn_ext was built for another torch than {torch.__version__}: {reinstall} ({error})"
         ) from None
-    if _C.built_for_torch != torch.__version__:
+    if not _same_interface(_C.built_for_torch, torch.__version__):
         raise ImportError(
             f"rnn_ext was built for torch {_C.built_for_torch}, but this is torch "
             f"{torch.__version__}: {reinstall}"

@@ -15,6 +15,8 @@ import pytest
 import setuptools
 import torch
 
+import rnn_ext
+
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = Path(setuptools.__file__).parents[1]
 INSTALLED = {
@@ -116,7 +118,7 @@ def test_source_distribution_is_complete(source):
         str(f.relative_to(ROOT))
         for folder in ("csrc", "rnn_ext", "build_backend", "tools")
         for f in (ROOT / folder).rglob("*")
-        if f.suffix in (".h", ".cpp", ".cu", ".cuh", ".py", ".typed")
+        if f.suffix in (".h", ".cpp", ".cu", ".cuh", ".py", ".pyi", ".typed")
     }
     assert wanted <= listed, sorted(wanted - listed)
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= listed
@@ -136,9 +138,13 @@ def test_wheel_runs_in_a_clean_environment(wheel, tmp_path):
 def test_wheel_holds_the_package_alone(wheel):
     with zipfile.ZipFile(wheel) as opened:
         names = opened.namelist()
+        (metadata,) = (opened.read(n).decode() for n in names if n.endswith(".dist-info/METADATA"))
     inside = {name.split("/")[0] for name in names}
     assert inside == {"rnn_ext", next(n for n in inside if n.endswith(".dist-info"))}
-    assert "rnn_ext/py.typed" in names
+    assert {"rnn_ext/py.typed", "rnn_ext/_C.pyi", "rnn_ext/modules.pyi"} <= set(names)
+    major, minor = torch.__version__.split(".")[:2]
+    assert f"\nRequires-Dist: torch=={major}.{minor}.*\n" in metadata
+    assert f"\nVersion: {rnn_ext.__version__}\nSummary:" in metadata
     assert len([name for name in names if name.endswith(".so")]) == 1
     assert not [name for name in names if name.endswith((".h", ".cpp"))]
 
