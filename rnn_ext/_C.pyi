@@ -1,6 +1,6 @@
 """The compiled part (csrc/ops/bindings.cpp): kernels and what is known of them. Not public."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -84,11 +84,13 @@ def run_stack(
     bias: bool,
     projected: bool,
     batch_first: bool,
+    dropout: float,
     /,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
 def run_cell(
     cell: str, input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], bias: bool, /
 ) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
+def set_general_backward(function: Callable[..., Any], /) -> None: ...
 def quantized_layer(
     cell: str,
     input: Tensor,

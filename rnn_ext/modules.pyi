@@ -19,9 +19,9 @@ class RNN(RecurrentLayers):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        *,  # RNNBase has proj_size here, torch.nn's RNN and GRU take no device by position either
         device: Device = None,
         dtype: torch.dtype | None = None,
-        *,
         recurrent_init: str | None = None,
     ) -> None: ...
 
@@ -59,9 +59,9 @@ class GRU(RecurrentLayers):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        *,  # RNNBase has proj_size here, torch.nn's RNN and GRU take no device by position either
         device: Device = None,
         dtype: torch.dtype | None = None,
-        *,
         reset_after: bool = True,
         recurrent_init: str | None = None,
     ) -> None: ...

@@ -3,9 +3,12 @@
 `assert_type` is for the checker, which also complains of an ignored error that is none.
 """
 
+import ast
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,11 +19,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from typing_extensions import assert_type
 
 import rnn_ext
-from rnn_ext import functional, reference
+from rnn_ext import _C, functional, reference
 
 X = torch.randn(5, 3, 4)
 PACKED = pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
 H, C = torch.zeros(1, 3, 6), torch.zeros(1, 3, 6)
+
+
+PACKAGE = Path(rnn_ext.__file__).parent
 
 
 def kinds(value: object) -> object:
@@ -40,6 +46,40 @@ def test_every_module_lists_its_public_names() -> None:
         listed: list[str] = module.__all__
         assert len(listed) == len(set(listed)), module.__name__
         assert [name for name in listed if not hasattr(module, name)] == [], module.__name__
+
+
+def test_the_stub_of_the_compiled_part_lists_what_is_there() -> None:
+    written: dict[str, int | None] = {}
+    for node in ast.parse((PACKAGE / "_C.pyi").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            written[node.name] = len(node.args.posonlyargs)
+        elif isinstance(node, ast.ClassDef):
+            written[node.name] = None
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            if not node.target.id.startswith("_"):
+                written[node.target.id] = None
+    present: dict[str, int | None] = {}
+    for name in dir(_C):
+        if not name.startswith("_"):
+            text: str = getattr(getattr(_C, name), "__doc__", None) or ""
+            is_function = text.startswith(f"{name}(")
+            present[name] = len(re.findall(r"\barg\d+: ", text)) if is_function else None
+    assert written == present
+
+
+def test_the_stub_of_the_layers_has_their_arguments() -> None:
+    for node in ast.parse((PACKAGE / "modules.pyi").read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            (init,) = (part for part in node.body if isinstance(part, ast.FunctionDef))
+            arguments = init.args
+            names = [argument.arg for argument in arguments.args[3:] + arguments.kwonlyargs]
+            defaults = [*arguments.defaults, *filter(None, arguments.kw_defaults)]
+            assert len(names) == len(defaults) >= 9
+            given = {key: ast.literal_eval(value) for key, value in zip(names, defaults)}
+            layer: Callable[..., object] = getattr(rnn_ext, node.name)
+            assert str(layer(4, 6, **given)) == str(layer(4, 6))
+            positional = [given[argument.arg] for argument in arguments.args[3:]]
+            assert str(layer(4, 6, *positional)) == str(layer(4, 6))
 
 
 def test_layers_with_one_state() -> None:
