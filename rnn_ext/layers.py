@@ -218,6 +218,11 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
         self._update_flat_weights()
         self.check_input(input, None)
         batch, steps = input.shape[:2] if self.batch_first else input.shape[1::-1]
+        if isinstance(lengths, Tensor) and torch._C._functorch.is_batchedtensor(lengths):
+            raise ValueError(
+                f"{name}: lengths must be the same for every entry of torch.func.vmap; run over "
+                "all steps and leave out of the loss what lies past an entry's length"
+            )
         lengths = torch.as_tensor(lengths, device="cpu")
         if lengths.dtype not in _INTEGERS and lengths.numel():
             raise ValueError(f"{name}: lengths must be integers, got {lengths.dtype}")
@@ -233,6 +238,8 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
                 f"{name}: lengths must be between 1 and the {steps} steps of input, "
                 f"got {lengths.min()}..{lengths.max()}"
             )
+        if torch._C._are_functorch_transforms_active():
+            return self._run_gathered(input, hx, lengths, return_cells)
         packed = pack_padded_sequence(input, lengths, self.batch_first, enforce_sorted=False)
         output, state, cells = self._run(packed, hx, None, return_cells)
         output, cells = (
@@ -240,3 +247,24 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             for part in (output, cells)
         )
         return output, state, cells
+
+    def _run_gathered(self, input, hx, lengths, return_cells):
+        """As `_run_with_lengths`, of operations that torch.func.vmap takes: packing is not one."""
+        x = input.transpose(0, 1) if self.batch_first else input
+        steps, batch = x.shape[:2]
+        lengths, order = lengths.sort(descending=True)
+        alive = torch.arange(steps)[:, None] < lengths  # [T, B], in sorted order
+        rows = (torch.arange(steps)[:, None] * batch + order)[alive].to(x.device)
+        order = order.to(x.device)
+        packed = PackedSequence(
+            x.flatten(0, 1).index_select(0, rows), alive.sum(1), order, order.argsort()
+        )
+        output, state, cells = self._run(packed, hx, None, return_cells)
+
+        def padded(part):
+            data = part.data
+            whole = data.new_zeros(steps * batch, data.size(-1)).index_copy(0, rows, data)
+            whole = whole.unflatten(0, (steps, batch))
+            return whole.transpose(0, 1) if self.batch_first else whole
+
+        return padded(output), state, None if cells is None else padded(cells)

@@ -112,7 +112,7 @@ def _layer_backward(
         cell, *tensors, batch_sizes, reverse,
         saved[0], *(t if c0 is not None or i else None for i, t in enumerate(saved[1:])),
         "cuda" if _on_cuda(input) else _C.cpu_isa(), d_output, d_h_n, d_c_n, d_cells, wanted,
-        "auto",
+        1, "auto",
     )  # fmt: skip
     return [input.new_empty(0) if g is None else g for g in gradients]
 

@@ -3,11 +3,11 @@
 `layer` takes the shortest way that is right for the call:
 
 - nobody asks for gradients: the kernel alone;
-- gradients: an autograd Function over the forward and backward kernels; with
-  ``create_graph=True`` its backward recomputes through ``composite``, whose operations torch can
-  differentiate again;
+- gradients: an autograd Function over the forward and backward kernels;
 - torch.compile and torch.export: the same kernels as operators of ``torch.library`` (library.py);
-- the backend "reference", forward-mode derivatives and torch.func transforms: ``composite``.
+- torch.func's transforms, and gradients that are to be differentiated again: the same kernels as
+  Functions that torch can batch and differentiate (transforms.py);
+- the backend "reference" and forward-mode derivatives: ``composite``.
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, composite, library
-from .backend import current, warn_once
+from . import _C, composite, library, transforms
+from .backend import current
 
 __all__ = ["CELLS", "both_directions", "layer"]
 
@@ -63,7 +63,9 @@ def layer(
     tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     if torch.compiler.is_compiling():
         return library.layer(cell, tensors, batch_sizes, reverse)
-    if _needs_composite():
+    if transforms.watched():
+        return transforms.layer(cell, tensors, batch_sizes, reverse, return_cells)
+    if current() == "reference":
         return composite.layer(cell, *tensors, batch_sizes=batch_sizes, reverse=reverse)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         output, h_n, *states = _Layer.apply(*tensors, cell, batch_sizes, reverse)
@@ -90,7 +92,7 @@ def both_directions(
     one launch where the kernel is persistent.
     """
     tensors = (input, *first, *second)
-    if reverse or torch.compiler.is_compiling() or _needs_composite():
+    if reverse or torch.compiler.is_compiling() or transforms.watched() or current() == "reference":
         options = {"batch_sizes": batch_sizes, "return_cells": return_cells}
         return (
             layer(cell, input, *first, reverse=reverse, **options),
@@ -104,20 +106,6 @@ def both_directions(
     backend = current() if input.is_cuda else "auto"
     pair = _C.both_forward(cell, input, (first, second), batch_sizes, return_cells, backend)
     return tuple((*r[:3], r[4] if return_cells else None) for r in pair)
-
-
-def _needs_composite():
-    if not (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return current() == "reference"
-    what = "torch.func transforms and forward-mode derivatives have no kernel"
-    backend = current()
-    if backend not in ("auto", "reference"):
-        raise RuntimeError(f"rnn_ext: the backend {backend!r} cannot run this: {what}; use 'auto'")
-    if backend == "auto":
-        warn_once(f"rnn_ext: {what}; composed of torch operations instead")
-    return True
 
 
 class _Layer(torch.autograd.Function):
@@ -140,13 +128,13 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_output, d_h_n, d_c_n=None, d_cells=None):
-        tensors, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        kept = ctx.saved_tensors  # once: torch.utils.checkpoint allows no more
+        tensors, saved = kept[:8], kept[8:]
         cell, batch_sizes, reverse = ctx.options
         wanted = ctx.needs_input_grad[:8]
         upstream = (d_output, d_h_n, d_c_n, d_cells)
-        if torch.is_grad_enabled():  # create_graph=True
-            _warn_of_create_graph()
-            gradients = _differentiable_backward(ctx.options, tensors, wanted, upstream)
+        if transforms.watched_backward(upstream):
+            gradients = _watched_backward(ctx, reverse, tensors, saved, upstream, wanted)
         else:
             gradients = _C.layer_backward(
                 cell,
@@ -157,6 +145,7 @@ class _Layer(torch.autograd.Function):
                 ctx.isa,
                 *upstream,
                 wanted,
+                1,
                 ctx.backend,
             )
         return *gradients, None, None, None
@@ -184,8 +173,9 @@ class _BothDirections(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        input, *tensors = ctx.saved_tensors[:15]
-        saved = ctx.saved_tensors[15:19], ctx.saved_tensors[19:]
+        kept = ctx.saved_tensors
+        input, *tensors = kept[:15]
+        saved = kept[15:19], kept[19:]
         groups = tensors[:7], tensors[7:]
         cell, batch_sizes = ctx.options
         needed = ctx.needs_input_grad
@@ -193,11 +183,10 @@ class _BothDirections(torch.autograd.Function):
         half = len(upstream) // 2
         empty = (None,) * (4 - half)
         upstream = (*upstream[:half], *empty), (*upstream[half:], *empty)
-        if torch.is_grad_enabled():  # create_graph=True
-            _warn_of_create_graph()
+        if transforms.watched_backward((*upstream[0], *upstream[1])):
             first, second = (
-                _differentiable_backward((cell, batch_sizes, reverse), (input, *group), w, up)
-                for reverse, group, w, up in zip((False, True), groups, wanted, upstream)
+                _watched_backward(ctx, reverse, (input, *group), *rest)
+                for reverse, group, *rest in zip((False, True), groups, saved, upstream, wanted)
             )
         else:
             first, second = _C.both_backward(
@@ -213,42 +202,16 @@ class _BothDirections(torch.autograd.Function):
         )
 
 
-def _warn_of_create_graph():
-    warn_once(
-        "rnn_ext: gradients of gradients have no kernel; composed of torch operations instead"
-    )
-
-
-def _differentiable_backward(options, tensors, wanted, upstream, create_graph=True):
-    """The gradients as a differentiable function of the inputs and of ``upstream``."""
-    cell, batch_sizes, reverse = options
-    # Aliases: a weight given twice still gets one gradient for each place it stands in.
-    tensors = [t.view_as(t) if t is not None and w else t for t, w in zip(tensors, wanted)]
-    results = composite.layer(cell, *tensors, batch_sizes=batch_sizes, reverse=reverse)
-    pairs = [(r, d) for r, d in zip(results, upstream) if r is not None and d is not None]
-    given = iter(
-        torch.autograd.grad(
-            [r for r, _ in pairs],
-            [t for t, w in zip(tensors, wanted) if w],
-            [d for _, d in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-        if pairs
-        else ()
-    )
-    return [next(given, None) if w else None for w in wanted]
+def _watched_backward(ctx, reverse, tensors, saved, upstream, wanted):
+    """The gradients with ``create_graph=True`` or batched upstream ones, as transforms does it."""
+    call = transforms.Call(*ctx.options[:2], reverse, ctx.backend, isa=ctx.isa)
+    return transforms.layer_backward(call, tensors, saved, upstream, wanted)
 
 
 def _general_backward(cell, tensors, reverse, saved, isa, upstream, wanted):
-    """Gradients that autograd watches, of a layer that C++ ran (csrc/ops/training.cpp)."""
-    watched = torch.is_grad_enabled()
-    if watched:
-        _warn_of_create_graph()
-    with torch.enable_grad():
-        return _differentiable_backward(
-            (cell, None, reverse), tensors, wanted, upstream, create_graph=watched
-        )
+    """The same for a layer that C++ ran (csrc/ops/training.cpp)."""
+    call = transforms.Call(cell, None, reverse, "auto", isa=isa)
+    return transforms.layer_backward(call, tensors, saved, upstream, wanted)
 
 
 _C.set_general_backward(_general_backward)

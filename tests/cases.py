@@ -185,3 +185,27 @@ def assert_second_backward_is_right(case):
     first = torch.autograd.grad(results, leaves, upstream, retain_graph=True)
     second = torch.autograd.grad(results, leaves, upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def assert_gradients_of_each_sample(case, tolerance, samples=3):
+    """``vmap(grad(...))`` of `ops.layer`, weights shared, is a loop over ``samples``."""
+    function, leaves = as_function(case)
+    leaves = [leaf.detach() for leaf in leaves]
+    states = 2 if case.tensors[2] is None else 3
+    scale = torch.linspace(0.5, 1.0, samples)
+    given = [torch.stack([leaf * s for s in scale]) for leaf in leaves[:states]] + leaves[states:]
+    upstream = [d for d in case.upstream if d is not None]
+
+    def loss(*leaves):
+        return sum((r * d).sum() for r, d in zip(function(*leaves), upstream))
+
+    gradient = torch.func.grad(loss, tuple(range(len(leaves))))
+    in_dims = [0] * states + [None] * (len(leaves) - states)
+    found = torch.func.vmap(gradient, tuple(in_dims))(*given)
+    for k in range(samples):
+        alone = [g[k] if i < states else g for i, g in enumerate(given)]
+        alone = [leaf.clone().requires_grad_() for leaf in alone]
+        expected = torch.autograd.grad(loss(*alone), alone)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert (ours[k] - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1)

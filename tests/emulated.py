@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import load
 
-from rnn_ext import library, ops
+from rnn_ext import library, ops, transforms
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["csrc/ops/*.cpp", "csrc/cpu/plan.cpp", "csrc/cpu/scratch.cpp", "tests/emulated_*.cpp"]
@@ -67,8 +67,8 @@ class OnPaths:
 def emulation(monkeypatch, forward, backward):
     """rnn_ext's Python on the emulated kernels; gives `_predicates`."""
     extension = OnPaths(forward, backward)
-    monkeypatch.setattr(ops, "_C", extension)
-    monkeypatch.setattr(library, "_C", extension)
+    for module in (ops, library, transforms):
+        monkeypatch.setattr(module, "_C", extension)
     monkeypatch.setattr(library, "_on_cuda", lambda tensor: True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small products: a second thread would only be waited for

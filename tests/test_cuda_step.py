@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from cases import CELLS, SHAPES, as_function, make_case, run_ours, run_reference
+from cases import (
+    CELLS,
+    SHAPES,
+    as_function,
+    assert_gradients_of_each_sample,
+    make_case,
+    run_ours,
+    run_reference,
+)
 from emulated import emulation
 from emulated_checks import PREDICATES, VARIANTS, check, check_packed_resets, check_predicates
 from hypothesis import given, settings
@@ -93,6 +101,13 @@ def test_gradcheck(cell):
     function, leaves = as_function(make_case(cell, (3, 2, 3, 5), ragged=True))
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_sample_gets_its_own_gradients(cell, dtype, nan_filled):
+    case = make_case(cell, (4, 2, 5, 18), ragged=True).to(dtype)
+    assert_gradients_of_each_sample(case, 1e-10 if dtype == torch.float64 else 2e-3)
 
 
 @pytest.mark.parametrize("cell", CELLS)

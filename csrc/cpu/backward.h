@@ -220,32 +220,52 @@ class Backward {
     }
   }
 
+  // The members share the rows of the weights, or the groups where there are several.
   void parameters(const Member& m, const Segment* segments, int count) const {
-    const long rows = a_.steps.total();
-    value* scratch = scratch_ + m.id * WeightGradient<value>::scratch();
+    if (a_.groups == 1) return parameters(m, segments, count, 0, m.id);
+    const Member alone{0, 1, nullptr};
+    for (long group = m.begin(a_.groups); group < m.end(a_.groups); group++)
+      parameters(alone, segments, count, group, m.id);
+  }
+
+  void parameters(const Member& m, const Segment* segments, int count, long group, int id) const {
+    const long step = a_.groups, rows = a_.steps.total() / step;
+    const long all = Cell::gates * hidden_;
+    value* scratch = scratch_ + id * WeightGradient<value>::scratch();
+    const value* delta = delta_ + group * delta_width_;
+    const auto of_group = [&](real* d, long size) { return d ? d + group * size : nullptr; };
+    real *dw_ih = of_group(a_.dw_ih, all * a_.sizes.input),
+         *dw_hh = of_group(a_.dw_hh, all * output_);
     for (const Segment* s = segments; s < segments + count; s++) {
       const long begin = m.begin(s->count), end = m.end(s->count);
       Target<value> targets[2];
       int wanted = 0;
-      if (a_.dw_ih && s->input)
-        targets[wanted++] = {{a_.x, a_.sizes.input, nullptr}, a_.sizes.input, a_.dw_ih};
-      if (a_.dw_hh && s->recurrent == Operand::kPreviousState)
-        targets[wanted++] = {{nullptr, 0, previous_}, output_, a_.dw_hh};
-      if (a_.dw_hh && s->recurrent == Operand::kMiddle)
-        targets[wanted++] = {{a_.middle, hidden_, nullptr}, hidden_, a_.dw_hh};
+      if (dw_ih && s->input)
+        targets[wanted++] = {rows_of(a_.x, a_.sizes.input, group), a_.sizes.input, dw_ih};
+      if (dw_hh && s->recurrent == Operand::kPreviousState)
+        targets[wanted++] = {{nullptr, step, previous_ + group}, output_, dw_hh};
+      if (dw_hh && s->recurrent == Operand::kMiddle)
+        targets[wanted++] = {rows_of(a_.middle, hidden_, group), hidden_, dw_hh};
       if (wanted)
-        WeightGradient<value>::run(*s, begin, end, delta_, delta_width_, targets, wanted, rows,
-                                   scratch);
-      real* db_ih = s->input ? a_.db_ih : nullptr;
-      real* db_hh = s->recurrent != Operand::kNone ? a_.db_hh : nullptr;
-      if (db_ih || db_hh) bias_gradient(*s, begin, end, delta_, delta_width_, rows, db_ih, db_hh);
+        WeightGradient<value>::run(*s, begin, end, delta, step * delta_width_, targets, wanted,
+                                   rows, scratch);
+      real* db_ih = s->input ? of_group(a_.db_ih, all) : nullptr;
+      real* db_hh = s->recurrent != Operand::kNone ? of_group(a_.db_hh, all) : nullptr;
+      if (db_ih || db_hh)
+        bias_gradient(*s, begin, end, delta, step * delta_width_, rows, db_ih, db_hh);
     }
     if constexpr (projected)
       if (a_.dw_hr) {
-        const Target<value> target{{a_.middle, hidden_, nullptr}, hidden_, a_.dw_hr};
+        const Target<value> target{rows_of(a_.middle, hidden_, group), hidden_,
+                                   of_group(a_.dw_hr, output_ * hidden_)};
         WeightGradient<value>::run({0, 0, output_, false, Operand::kNone}, m.begin(output_),
-                                   m.end(output_), dh_, output_, &target, 1, rows, scratch);
+                                   m.end(output_), dh_ + group * output_, step * output_, &target,
+                                   1, rows, scratch);
       }
+  }
+
+  Rows<value> rows_of(const value* matrix, long columns, long group) const {
+    return {matrix + group * columns, a_.groups * columns, nullptr};
   }
 
   const BackwardArgs<value>& a_;

@@ -9,10 +9,10 @@ namespace rnn_ext::RNN_EXT_TARGET {
 template <class value>
 struct Rows {
   const value* base;
-  long stride;
+  long stride;               // of base, or of each
   const value* const* each;  // or null
   RNN_EXT_INLINE const value* operator[](long k) const {
-    return each ? each[k] : base + k * stride;
+    return each ? each[k * stride] : base + k * stride;
   }
 };
 

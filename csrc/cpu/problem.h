@@ -102,6 +102,9 @@ struct BackwardArgs {
   // null where the gradient was not asked for
   value* dx;
   real *dh0, *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;
+  // Weights and biases get a gradient for each group of sequences, one after the other; sequence b
+  // belongs to group b % groups. Divides the rows of every step.
+  long groups;
   Plan plan;
 };
 

@@ -56,7 +56,7 @@ InputGradients backward(std::string cell, Tensor input, Tensor h0, OptionalTenso
                         OptionalTensor batch_sizes, bool reverse, Tensor states,
                         OptionalTensor cells, OptionalTensor gates, OptionalTensor middle,
                         std::string isa, OptionalTensor d_output, OptionalTensor d_h_n,
-                        OptionalTensor d_c_n, OptionalTensor d_cells, Wanted wanted,
+                        OptionalTensor d_c_n, OptionalTensor d_cells, Wanted wanted, long groups,
                         const std::string& backend) {
   const LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
                        std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
@@ -65,7 +65,7 @@ InputGradients backward(std::string cell, Tensor input, Tensor h0, OptionalTenso
                     std::move(isa)};
   const LayerGradients d{d_output, d_h_n, d_c_n, d_cells};
   return without_gil([&] {
-    return layer_backward({&in, 1}, {&saved, 1}, {&d, 1}, {&wanted, 1}, path_of(backend));
+    return layer_backward({&in, 1}, {&saved, 1}, {&d, 1}, {&wanted, 1}, path_of(backend), groups);
   })[0];
 }
 

@@ -15,7 +15,9 @@ struct Call {
   Sizes sizes;
   long gates, steps, batch, rows;
   std::vector<int64_t> offsets;
+  long groups = 1;  // of sequences, for which weights get a gradient each
 
+  void set_groups(long count);
   Steps time(bool reverse) const { return {steps, batch, offsets.data(), reverse}; }
   at::TensorOptions options() const { return at::TensorOptions().dtype(compute); }
   std::vector<int64_t> laid_out(long features) const {

@@ -224,6 +224,7 @@ class BackwardPass {
     args_.db_ih = writable<real>(out_[5]);
     args_.db_hh = writable<real>(out_[6]);
     args_.dw_hr = writable<real>(out_[7]);
+    args_.groups = call.groups;
     args_.plan = plan;
   }
 
@@ -239,8 +240,15 @@ class BackwardPass {
 
  private:
   void allocate(int i, const Tensor& like, at::ScalarType dtype = kDtype<real>) {
-    if (wanted_[i])
-      out_[i] = call_.rows ? large_empty(like.sizes(), dtype) : at::zeros(like.sizes(), dtype);
+    if (!wanted_[i]) return;
+    at::IntArrayRef shape = like.sizes();
+    std::vector<int64_t> of_each;
+    if (call_.groups > 1 && i >= kFirstWeight) {
+      of_each.assign(1, call_.groups);
+      of_each.insert(of_each.end(), shape.begin(), shape.end());
+      shape = of_each;
+    }
+    out_[i] = call_.rows ? large_empty(shape, dtype) : at::zeros(shape, dtype);
   }
 
   const Call& call_;

@@ -1,4 +1,6 @@
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include <deque>
@@ -29,15 +31,23 @@ class ParameterGradients {
     multiply(l_.as_rows(dx), input_side(), l_.in.w_ih);
     return dx;
   }
-  Tensor w_ih() const { return at::mm(input_side().t(), l_.as_rows(l_.in.input)); }
+  Tensor w_ih() const { return over_rows(input_side(), l_.as_rows(l_.in.input)); }
   Tensor w_hh(const Tensor& previous, const OptionalTensor& middle) const {
     const long h = l_.hidden;
-    const Tensor first = at::mm(hidden_side().t(), previous);
-    if (l_.gru) return at::cat({first.narrow(0, h, 2 * h), first.narrow(0, 0, h)});
-    if (l_.reset_before) return at::cat({first, at::mm(delta_.narrow(1, 2 * h, h).t(), *middle)});
+    const Tensor first = over_rows(hidden_side(), previous);
+    if (l_.gru) return at::cat({first.narrow(-2, h, 2 * h), first.narrow(-2, 0, h)}, -2);
+    if (l_.reset_before)
+      return at::cat({first, over_rows(delta_.narrow(1, 2 * h, h), *middle)}, -2);
     return first;
   }
+  // delta^T x, for each group of sequences where there are several.
+  Tensor over_rows(const Tensor& delta, const Tensor& x) const {
+    if (l_.call.groups == 1) return at::mm(delta.t(), x);
+    return at::bmm(by_group(delta).transpose(1, 2), by_group(x));
+  }
   Tensor bias_sums() const {
+    if (l_.call.groups > 1)
+      return at::sum(by_group(delta_), 1, false, l_.call.compute).to(l_.call.dtype);
     const long rows = delta_.size(0), columns = delta_.size(1);
     const Tensor sums = at::empty({columns}, l_.stored);
     const Tensor scratch = at::empty({cuda::column_sums_scratch(rows), columns}, l_.wide);
@@ -48,14 +58,21 @@ class ParameterGradients {
     return sums;
   }
   Tensor b_ih(const Tensor& sums) const {
-    return l_.gru ? sums.narrow(0, l_.hidden, 3 * l_.hidden).clone() : sums;
+    return l_.gru ? sums.narrow(-1, l_.hidden, 3 * l_.hidden).clone() : sums;
   }
   Tensor b_hh(const Tensor& sums) const {
     const long h = l_.hidden;
-    return l_.gru ? at::cat({sums.narrow(0, h, 2 * h), sums.narrow(0, 0, h)}) : sums.clone();
+    if (!l_.gru) return sums.clone();
+    return at::cat({sums.narrow(-1, h, 2 * h), sums.narrow(-1, 0, h)}, -1);
   }
 
  private:
+  // [groups, rows of each, columns]
+  Tensor by_group(const Tensor& rows) const {
+    const long groups = l_.call.groups;
+    return rows.reshape({rows.size(0) / groups, groups, rows.size(1)}).transpose(0, 1);
+  }
+
   const StepLayer& l_;
   const Tensor delta_;
   const cuda::Stream& stream_;
@@ -175,7 +192,7 @@ class BackwardPass {
       if (wanted_[5]) out[5] = products_.b_ih(sums);
       if (wanted_[6]) out[6] = products_.b_hh(sums);
     }
-    if (wanted_[7] && l_.projected) out[7] = at::mm(dh_->t(), *saved_.middle);
+    if (wanted_[7] && l_.projected) out[7] = products_.over_rows(*dh_, *saved_.middle);
     return out;
   }
 

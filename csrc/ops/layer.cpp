@@ -111,6 +111,15 @@ Call check_call(std::span<const LayerInputs> directions) {
   return call;
 }
 
+void Call::set_groups(long count) {
+  if (count == 1) return;
+  TORCH_CHECK(count >= 1, "rnn_ext: there must be at least one group, got ", count);
+  for (const int64_t offset : offsets)
+    TORCH_CHECK(offset % count == 0, "rnn_ext: ", count,
+                " groups must share the sequences of every step equally");
+  groups = count;
+}
+
 CellKind cell_kind(const std::string& name) {
   if (name == "rnn_tanh") return CellKind::kRnnTanh;
   if (name == "rnn_relu") return CellKind::kRnnRelu;
@@ -145,8 +154,9 @@ std::vector<InputGradients> layer_backward(std::span<const LayerInputs> directio
                                            std::span<const Saved> saved,
                                            std::span<const LayerGradients> d,
                                            std::span<const Wanted> wanted,
-                                           [[maybe_unused]] cuda::Path path) {
-  const Call call = check_call(directions);
+                                           [[maybe_unused]] cuda::Path path, long groups) {
+  Call call = check_call(directions);
+  call.set_groups(groups);
   if constexpr (kHasCudaKernels)
     if (on_cuda(directions[0].input))
       return cuda_layer_backward(call, directions, {}, saved, d, wanted, path);

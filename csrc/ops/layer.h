@@ -48,18 +48,21 @@ struct LayerGradients {
 };
 
 constexpr int kLayerInputs = 8;  // input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr
+constexpr int kFirstWeight = 3;
 
 using InputGradients = std::array<OptionalTensor, kLayerInputs>;
 using Wanted = std::array<bool, kLayerInputs>;
 
 // One direction of a layer, or both over the same input, which may then run side by side. The path
-// is for CUDA tensors.
+// is for CUDA tensors. With several groups of sequences, of which sequence b belongs to group
+// b % groups, the gradients of weights and biases have a leading dimension: one for each group.
 std::vector<LayerOutputs> layer_forward(std::span<const LayerInputs> directions, bool save,
                                         cuda::Path path);
 std::vector<InputGradients> layer_backward(std::span<const LayerInputs> directions,
                                            std::span<const Saved> saved,
                                            std::span<const LayerGradients> d,
-                                           std::span<const Wanted> wanted, cuda::Path path);
+                                           std::span<const Wanted> wanted, cuda::Path path,
+                                           long groups = 1);
 
 CellKind cell_kind(const std::string& name);
 int cell_gates(CellKind kind);

@@ -69,10 +69,11 @@ void save(const Saved& saved, variable_list& list) {
 
 OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-bool is_batched(const Tensor& t) {
-  return t.defined() && t.key_set().has_any(c10::DispatchKeySet(
-                            {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Python,
-                             c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Batched}));
+bool is_watched(const Tensor& t) {
+  constexpr c10::DispatchKeySet watched(
+      {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Python,
+       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Batched});
+  return t.defined() && (t.key_set().has_any(watched) || t._fw_grad(/*level=*/0).defined());
 }
 
 struct LayerFunction : torch::autograd::Function<LayerFunction> {
@@ -114,7 +115,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
         wanted[k][i] = at >= 0 && ctx->needs_input_grad(at);
       }
     }
-    for (const Tensor& t : upstream) general = general || is_batched(t);
+    for (const Tensor& t : upstream) general = general || is_watched(t);
 
     std::vector<InputGradients> given;
     if (general)

@@ -1,0 +1,387 @@
+"""The layer's kernels under torch.func: vmap, grad and what is built of them.
+
+A dimension that vmap adds to inputs and states becomes part of the batch of one kernel call, whose
+backward pass sums the weights' gradients over each of its entries alone: per-sample gradients cost
+one call. Where vmap gives each entry weights of its own, there is a call for each. Gradients of
+gradients are composed of torch operations, and so are forward-mode derivatives, which no kernel
+computes.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import compress
+from math import prod
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from . import _C, composite
+from .backend import current, warn_once
+
+_STATES = 3  # input, h0, c0; what follows are weights
+_INPUTS = 8
+_SHOWN = 4  # output, h_n, c_n, cells; what follows is for the backward pass
+_Kind = _functorch.TransformType
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer is given beside tensors, and its backward pass besides.
+
+    Functions take only the tensors that are ``present``: of the eight inputs, then of the four that
+    the forward pass saved and of the gradients of its four results. ``save``: keep what the
+    backward pass and the fourth result need. ``isa`` is what the forward kernel returned with what
+    it saved; ``wanted`` are the inputs that are to get a gradient. ``groups`` are the sizes of the
+    dimensions that vmap added to the batch, each of whose entries gets gradients of the weights:
+    they stand before the weights' own dimensions.
+    """
+
+    cell: str
+    batch_sizes: Tensor | None
+    reverse: bool
+    backend: str
+    save: bool = True
+    isa: str = ""
+    present: tuple[bool, ...] = ()
+    wanted: tuple[bool, ...] = ()
+    groups: tuple[int, ...] = ()
+
+    def spread(self, tensors):
+        """The tensors in their places, None elsewhere."""
+        return _spread(self.present, tensors)
+
+    def folded(self, size):
+        sizes = None if self.batch_sizes is None else self.batch_sizes * size
+        return replace(self, batch_sizes=sizes, groups=(*self.groups, size))
+
+    def unfolded(self):
+        sizes = None if self.batch_sizes is None else self.batch_sizes // self.groups[-1]
+        return replace(self, batch_sizes=sizes, groups=self.groups[:-1])
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Which of a forward pass's results there are, and the instruction set that saved them."""
+
+    present: tuple[bool, ...]
+    isa: str
+
+
+def watched():
+    """Whether a transform of torch.func or a forward-mode derivative sees what runs now."""
+    return (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def watched_backward(upstream):
+    """Whether gradients are to be differentiated again, or something else watches them."""
+    return torch.is_grad_enabled() or watched() or _batched_by_autograd(upstream)
+
+
+def layer(cell, tensors, batch_sizes, reverse, return_cells):
+    """As ``ops.layer``, where something is `watched`."""
+    backend, obstacle = current(), _obstacle()
+    if backend != "reference":
+        if obstacle is None:
+            backend = backend if tensors[0].is_cuda else "auto"
+            present, given = _present(tensors)
+            save = return_cells or torch.is_grad_enabled() or _Kind.Grad in _active()
+            call = Call(cell, batch_sizes, reverse, backend, save, present=present)
+            *results, kept = _Layer.apply(call, *given)
+            return _spread(kept.present, results)[:_SHOWN]
+        if backend != "auto":
+            raise RuntimeError(
+                f"rnn_ext: the backend {backend!r} cannot run this: {obstacle} no kernel; "
+                "use 'auto'"
+            )
+        _warn_composed(obstacle)
+    return composite.layer(cell, *tensors, batch_sizes=batch_sizes, reverse=reverse)
+
+
+def layer_backward(call, tensors, saved, upstream, wanted):
+    """The gradients of ``tensors``, None for what is not wanted; differentiable again.
+
+    ``saved`` are the forward kernel's states, cells, gates and middle, ``upstream`` the gradients
+    of its first four results, each a tensor or None.
+    """
+    wanted = tuple(w and t is not None for t, w in zip(tensors, wanted))
+    if not any(wanted) or all(d is None for d in upstream):
+        return [None] * _INPUTS
+    obstacle = _obstacle()
+    if _batched_by_autograd(upstream):
+        obstacle = "torch.autograd.grad(is_grads_batched=True), and jacobian(vectorize=True), has"
+    if obstacle is None:
+        present, given = _present((*tensors, *saved, *upstream))
+        results = _LayerBackward.apply(replace(call, wanted=wanted, present=present), *given)
+    else:
+        _warn_composed(obstacle)
+        results = _composed_gradients(replace(call, wanted=wanted), tensors, upstream)
+    return _spread(wanted, results)
+
+
+def _obstacle():
+    """What has no kernel (a subject and its verb), or None."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode derivatives have"
+    active = _active()
+    if _Kind.Jvp in active:
+        return "forward-mode derivatives have"
+    return None if active <= {_Kind.Vmap, _Kind.Grad} else "this transform of torch.func has"
+
+
+def _warn_composed(obstacle):
+    warn_once(f"rnn_ext: {obstacle} no kernel; composed of torch operations instead")
+
+
+def _active():
+    """The kinds of the transforms that see what runs now."""
+    return {level.key() for level in _functorch.get_interpreter_stack() or ()}
+
+
+def _batched_by_autograd(tensors):
+    """Whether an older vmap than torch.func's is at work, which knows no rules for Functions."""
+    for tensor in tensors:
+        if tensor is not None and _functorch.is_legacy_batchedtensor(tensor):
+            return True
+    return False
+
+
+def _present(tensors):
+    """Which tensors there are, and those."""
+    present = tuple(t is not None for t in tensors)
+    return present, tuple(compress(tensors, present))
+
+
+def _spread(present, tensors):
+    tensors = iter(tensors)
+    return [next(tensors) if p else None for p in present]
+
+
+def _apply(function, *arguments):
+    """``function.apply``, or without what that costs if nothing needs it."""
+    if watched() or (torch.is_grad_enabled() and any(t.requires_grad for t in arguments[1:])):
+        return function.apply(*arguments)
+    return function.forward(*arguments)
+
+
+# What torch does with the arguments and results of a Function under a transform costs tens of
+# microseconds for each of them: hence none that is None.
+
+
+class _Layer(torch.autograd.Function):
+    """Of (output, h_n, c_n, cells, states, wide cells, gates, middle) those there are, and
+    `_Results`. Tensors alias nothing: states (wide cells) are left out where they repeat output
+    (cells)."""
+
+    @staticmethod
+    def forward(call, *tensors):
+        results = _C.layer_forward(
+            call.cell,
+            *call.spread(tensors),
+            call.batch_sizes,
+            call.reverse,
+            call.save,
+            call.backend,
+        )
+        if not call.save:
+            present, results = _present((*results, *[None] * 5))
+            return *results, _Results(present, "")
+        output, h_n, c_n, states, cells, gates, middle, isa = results
+        wide_cells = None
+        if states is output:
+            states = None
+        if cells is not None and cells.dtype != output.dtype:
+            wide_cells, cells = cells, cells.to(output.dtype)
+        present, results = _present((output, h_n, c_n, cells, states, wide_cells, gates, middle))
+        return *results, _Results(present, isa)
+
+    @staticmethod
+    def setup_context(ctx, inputs, results):
+        call, *tensors = inputs
+        *results, ctx.results = results
+        ctx.call = replace(call, isa=ctx.results.isa)
+        ctx.set_materialize_grads(False)
+        shown = sum(ctx.results.present[:_SHOWN])
+        ctx.mark_non_differentiable(*results[shown:])
+        ctx.save_for_backward(*tensors, *results)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        kept = iter(ctx.saved_tensors)
+        tensors = ctx.call.spread(kept)
+        output, _, _, cells, states, wide_cells, gates, middle = _spread(ctx.results.present, kept)
+        saved = (
+            output if states is None else states,
+            cells if wide_cells is None else wide_cells,
+            gates,
+            middle,
+        )
+        upstream = _spread(ctx.results.present, upstream)[:_SHOWN]
+        wanted = [bool(needed) for needed in ctx.call.spread(ctx.needs_input_grad[1:])]
+        gradients = layer_backward(ctx.call, tensors, saved, upstream, wanted)
+        return None, *compress(gradients, ctx.call.present)
+
+    @staticmethod
+    def vmap(info, in_dims, call, *tensors):
+        dims, size = in_dims[1:], info.batch_size
+        states = sum(call.present[:_STATES])
+        if any(dim is not None for dim in dims[states:]) or not size:
+            return _one_by_one(_Layer, size, in_dims, (call, *tensors))
+        folded = [_fold(t, dim, size) for t, dim in zip(tensors[:states], dims)]
+        *results, kept = _apply(_Layer, call.folded(size), *folded, *tensors[states:])
+        dims = [r.dim() - 1 for r in results]
+        return (*(_unfold(r, size) for r in results), kept), (*dims, None)
+
+
+class _LayerBackward(torch.autograd.Function):
+    """The gradients that are wanted, in order."""
+
+    @staticmethod
+    def forward(call, *tensors):
+        tensors = call.spread(tensors)
+        saved = _INPUTS + 4
+        gradients = _C.layer_backward(
+            call.cell,
+            *tensors[:_INPUTS],
+            call.batch_sizes,
+            call.reverse,
+            *tensors[_INPUTS:saved],
+            call.isa,
+            *tensors[saved:],
+            call.wanted,
+            prod(call.groups),
+            call.backend,
+        )
+        return tuple(
+            g if i < _STATES else g.view(*call.groups, *tensors[i].shape)
+            for i, g in enumerate(gradients)
+            if g is not None
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, results):
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        _warn_composed("gradients of gradients have")
+        call = ctx.call
+        tensors = call.spread(ctx.saved_tensors)
+        needed = call.spread(ctx.needs_input_grad[1:])
+        for kept in range(_INPUTS, _INPUTS + 4):  # recomputed from the inputs
+            needed[kept] = False
+
+        def gradients(*given):
+            return _composed_gradients(call, given[:_INPUTS], given[_INPUTS + 4 :])
+
+        found = _vjp(gradients, tensors, needed, upstream)
+        return None, *compress(found, call.present)
+
+    @staticmethod
+    def vmap(info, in_dims, call, *tensors):
+        dims, size = in_dims[1:], info.batch_size
+        first, last = sum(call.present[:_STATES]), sum(call.present[:_INPUTS])
+        if any(dim is not None for dim in dims[first:last]) or not size:
+            return _one_by_one(_LayerBackward, size, in_dims, (call, *tensors))
+        folded = [
+            t if first <= i < last else _fold(t, dim, size)
+            for i, (t, dim) in enumerate(zip(tensors, dims))
+        ]
+        results = _apply(_LayerBackward, call.folded(size), *folded)
+        states = sum(call.wanted[:_STATES])
+        dims = [r.dim() - 1 if i < states else len(call.groups) for i, r in enumerate(results)]
+        return (*(_unfold(r, size) for r in results[:states]), *results[states:]), tuple(dims)
+
+
+def _composed_gradients(call, tensors, upstream):
+    """What `_LayerBackward` computes, of torch operations."""
+    if call.groups:
+        return _composed_by_group(call, tensors, upstream)
+    present = [d is not None for d in upstream]
+
+    def results(*tensors):
+        all_results = composite.layer(
+            call.cell, *tensors, batch_sizes=call.batch_sizes, reverse=call.reverse
+        )
+        return tuple(r for r, p in zip(all_results, present) if p)
+
+    upstream = [d for d in upstream if d is not None]
+    found = _vjp(results, tensors, call.wanted, upstream, again=True)
+    return tuple(d for d, w in zip(found, call.wanted) if w)
+
+
+def _composed_by_group(call, tensors, upstream):
+    size, inner = call.groups[-1], call.unfolded()
+    given = (*tensors, *upstream)
+    folded = [t is not None and not _STATES <= i < _INPUTS for i, t in enumerate(given)]
+    states = sum(call.wanted[:_STATES])
+    results = torch.func.vmap(
+        lambda *given: _composed_gradients(inner, given[:_INPUTS], given[_INPUTS:]),
+        tuple(t.dim() - 1 if f else None for t, f in zip(given, folded)),
+        (*[-2] * states, *[len(inner.groups)] * (sum(call.wanted) - states)),
+    )(*(_unfold(t, size) if f else t for t, f in zip(given, folded)))
+    return (*(r.flatten(-3, -2) for r in results[:states]), *results[states:])
+
+
+def _vjp(function, tensors, wanted, upstream, again=False):
+    """The gradients of those ``tensors`` that are ``wanted``, None for others.
+
+    ``function`` takes all of them. ``again``: the gradients are to be differentiable.
+    """
+
+    def of_wanted(*leaves):
+        leaves = iter(leaves)
+        return function(*(next(leaves) if w else t for t, w in zip(tensors, wanted)))
+
+    leaves = [t for t, w in zip(tensors, wanted) if w]
+    if watched():
+        found = torch.func.vjp(of_wanted, *leaves)[1](tuple(upstream))
+    else:
+        # torch.func would refuse hooks on saved tensors.
+        again = again or torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases: a weight given twice still gets one gradient for each place it stands in.
+            leaves = [t.view_as(t) for t in leaves]
+            leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in leaves]
+            results = of_wanted(*leaves)
+            found = torch.autograd.grad(
+                results, leaves, upstream, create_graph=again, materialize_grads=True
+            )
+    found = iter(found)
+    return [next(found) if w else None for w in wanted]
+
+
+def _fold(tensor, dim, size):
+    """[..., rows, features] with a vmapped dimension ``dim`` as [..., rows * size, features]."""
+    if dim is None:
+        tensor = tensor.unsqueeze(-2).expand(*tensor.shape[:-1], size, tensor.shape[-1])
+    else:
+        tensor = tensor.movedim(dim, -2)
+    return tensor.flatten(-3, -2)
+
+
+def _unfold(tensor, size):
+    """The reverse of `_fold`; the vmapped dimension is the last but one."""
+    return tensor.unflatten(-2, (tensor.shape[-2] // size, size))
+
+
+def _one_by_one(function, size, in_dims, arguments):
+    """The vmap rule that calls ``function`` for each entry of the vmapped dimension."""
+    if not size:  # one entry of zeros, for the shapes
+        arguments = [
+            a if dim is None else a.new_zeros((*a.shape[:dim], 1, *a.shape[dim + 1 :]))
+            for a, dim in zip(arguments, in_dims)
+        ]
+        results, dims = _one_by_one(function, 1, in_dims, arguments)
+        return tuple(r[:0] if isinstance(r, Tensor) else r for r in results), dims
+    entries = [
+        _apply(
+            function,
+            *(a if dim is None else a.select(dim, k) for a, dim in zip(arguments, in_dims)),
+        )
+        for k in range(size)
+    ]
+    results = [torch.stack(r) if isinstance(r[0], Tensor) else r[0] for r in zip(*entries)]
+    return tuple(results), tuple(0 if isinstance(r, Tensor) else None for r in results)
