@@ -262,12 +262,16 @@ class _LayerBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, results):
         ctx.call, *tensors = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *upstream):
+        used, upstream = _present(_spread(ctx.call.wanted, upstream))
+        if not upstream:
+            return (None,) * len(ctx.needs_input_grad)
         _warn_composed("gradients of gradients have")
-        call = ctx.call
+        call = replace(ctx.call, wanted=used)  # of no other gradient is there a gradient
         tensors = call.spread(ctx.saved_tensors)
         needed = call.spread(ctx.needs_input_grad[1:])
         for kept in range(_INPUTS, _INPUTS + 4):  # recomputed from the inputs
