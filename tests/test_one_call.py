@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.utils.checkpoint
+from twins import forget_warnings
 
 import rnn_ext
 from rnn_ext import _C
@@ -146,7 +147,11 @@ def test_autograd_as_users_know_it(calls):
     (first,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
     (second,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
     assert torch.equal(first, second)
-    rows = torch.autograd.grad(h_n[1, 0], x, torch.eye(6), retain_graph=True, is_grads_batched=True)
+    forget_warnings()
+    with pytest.warns(rnn_ext.FallbackWarning, match="is_grads_batched=True"):
+        rows = torch.autograd.grad(
+            h_n[1, 0], x, torch.eye(6), retain_graph=True, is_grads_batched=True
+        )
     for i, row in enumerate(rows[0]):
         torch.testing.assert_close(row, torch.autograd.grad(h_n[1, 0, i], x, retain_graph=True)[0])
     with torch.no_grad():
