@@ -5,12 +5,25 @@ of torch.nn.RNN, LSTM and GRU. Their constructors hand on what they get, as torc
 wrong arguments give the same errors; modules.pyi says what a type checker should know.
 """
 
+import inspect
+
 import torch
 
 from .initialization import checked_forget_bias, forget_bias_
 from .layers import RecurrentLayers
 
 __all__ = ["GRU", "LSTM", "RNN"]
+
+
+def _shown_as(documented):
+    """Gives a constructor the signature of ``documented``, for torch.nn.utils.skip_init, help() and
+    editors. The constructor itself hands on what it gets, so that torch.nn's errors are kept."""
+
+    def give(constructor):
+        constructor.__signature__ = inspect.signature(documented)
+        return constructor
+
+    return give
 
 
 class _WithoutProjection(RecurrentLayers):
@@ -38,6 +51,11 @@ class RNN(_WithoutProjection):
 
     _twin = torch.nn.RNN
 
+    @_shown_as(
+        lambda self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
+        batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None, *,
+        recurrent_init=None: None
+    )  # fmt: skip
     def __init__(self, *args, **kwargs):
         if len(args) > 3:
             self.nonlinearity = args[3]
@@ -102,6 +120,11 @@ class LSTM(RecurrentLayers):
     check_forward_args = torch.nn.LSTM.check_forward_args
     permute_hidden = torch.nn.LSTM.permute_hidden
 
+    @_shown_as(
+        lambda self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
+        dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None, *,
+        forget_bias=None, recurrent_init=None: None
+    )  # fmt: skip
     def __init__(self, *args, forget_bias=None, **kwargs):
         forget_bias = checked_forget_bias("LSTM", forget_bias)
         if forget_bias is not None:
@@ -162,6 +185,11 @@ class GRU(_WithoutProjection):
     _twin = torch.nn.GRU
     reset_after = True
 
+    @_shown_as(
+        lambda self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
+        dropout=0.0, bidirectional=False, device=None, dtype=None, *, reset_after=True,
+        recurrent_init=None: None
+    )  # fmt: skip
     def __init__(self, *args, reset_after=True, **kwargs):
         if not isinstance(reset_after, bool):
             raise TypeError(f"GRU: reset_after must be True or False, got {reset_after!r}")

@@ -226,53 +226,6 @@ def test_conversions_and_factories(name):
     assert_same(empty(input), theirs(input))
 
 
-class Doubled(torch.nn.Module):
-    def forward(self, weight):
-        return 2 * weight
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_weights_that_are_not_parameters(name):
-    ours, theirs = twins(name, 4, 3, 2)
-    input = torch.randn(5, 2, 4, dtype=torch.float64)
-    before = ours(input)
-
-    replaced = {key: 0.5 * value.detach() for key, value in ours.named_parameters()}
-    called = [torch.func.functional_call(m, replaced, (input,)) for m in (ours, theirs)]
-    assert_same(*called)
-    assert_same(ours(input), before)
-
-    for module in (ours, theirs):
-        torch.nn.utils.parametrize.register_parametrization(module, "weight_hh_l1", Doubled())
-        torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
-    our_results, their_results = ours(input), theirs(input)
-    assert_same(our_results, their_results)
-    assert_same(gradients(ours, our_results), gradients(theirs, their_results))
-    assert not torch.equal(our_results[0], before[0])
-    for module in (ours, theirs):
-        torch.nn.utils.parametrize.remove_parametrizations(module, "weight_hh_l1")
-    assert_same(ours(input), theirs(input))
-
-    # Weight dropping as in older language models: a tensor in place of the renamed parameter.
-    for module in (ours, theirs):
-        raw = torch.nn.Parameter(module.weight_ih_l1.detach())
-        del module._parameters["weight_ih_l1"]
-        module.register_parameter("weight_ih_l1_raw", raw)
-        module.weight_ih_l1 = raw * 3
-    assert_same(ours(input), theirs(input))
-    ours(input)[0].sum().backward()
-    assert ours.weight_ih_l1_raw.grad.any()
-
-
-def test_old_weight_norm():
-    ours, theirs = twins("GRU", 4, 3)
-    input = torch.randn(5, 2, 4, dtype=torch.float64)
-    for module in (ours, theirs):
-        with pytest.warns(FutureWarning, match="weight_norm"):
-            torch.nn.utils.weight_norm(module, "weight_hh_l0")
-    assert_same(ours(input), theirs(input))
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_subclasses_hooks_and_frozen_weights(name):
     class Louder(getattr(rnn_ext, name)):

@@ -77,3 +77,48 @@ def torch_nn_warnings_ignored():
 def forget_warnings():
     """Lets every `FallbackWarning` be raised again."""
     rnn_ext.backend._warned.clear()
+
+
+def pair(name):
+    """(ours, torch.nn's, input): two layers, or a cell."""
+    cell = name in CELLS
+    ours, theirs = twins(name, 4, 3) if cell else twins(name, 4, 3, 2, bidirectional=True)
+    return ours, theirs, torch.randn(*((2, 4) if cell else (5, 2, 4)), dtype=torch.float64)
+
+
+def run(module, x):
+    """Runs a cell from a state that is not zero."""
+    own = getattr(module, "module", module)
+    if not isinstance(own, torch.nn.RNNCellBase):
+        return module(x)
+    h, c = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 2, 3)
+    return module(x, (h, c) if isinstance(own, torch.nn.LSTMCell) else h)
+
+
+def assert_twins(ours, theirs, x):
+    """Same results with and without gradients, same gradients for every leaf that has one; then the
+    same once more after the leaves have changed in place."""
+    for step in range(2):
+        our_results, their_results = run(ours, x), run(theirs, x)
+        assert_same(our_results, their_results)
+        leaves = [
+            [p for p in module.parameters() if p.requires_grad and p.is_floating_point()]
+            for module in (ours, theirs)
+        ]
+        grads = [
+            torch.autograd.grad(sum((r**2).sum() for r in tensors(results)), list(own))
+            for results, own in zip((our_results, their_results), leaves)
+        ]
+        assert grads[0] and any(g.any() for g in grads[0])
+        assert_same(*grads)
+        with torch.no_grad():
+            assert_same(run(ours, x), run(theirs, x))
+            for module in (ours, theirs):
+                for parameter in module.parameters():
+                    parameter.mul_(0.9 if step else 0.8)
+    with torch.no_grad():
+        changed = run(ours, x)
+        assert_same(changed, run(theirs, x))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(tensors(changed), tensors(our_results), strict=True)
+    )
