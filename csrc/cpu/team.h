@@ -88,4 +88,9 @@ void run_team(int threads, const Body& body) {
       &call, static_cast<unsigned>(threads), 0);
 }
 
+// To be called once. The child of a fork() inherits the runtime's record of its team but none of the
+// threads, and would wait for them forever (torch alone does). So the thread that forks ends its
+// team first; parent and child each start a new one when they need it.
+void end_teams_before_fork();
+
 }  // namespace rnn_ext

@@ -5,6 +5,7 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/scratch.h"
+#include "../cpu/team.h"
 #include "../cuda/device_limits.h"
 #include "cuda_layer.h"
 #include "cuda_numbers.h"
@@ -237,6 +238,7 @@ std::string cuda_unavailable() {
 
 PYBIND11_MODULE(_C, m) {
   active_kernels();  // a wrong RNN_EXT_ISA is reported at import
+  end_teams_before_fork();
   m.attr("built_for_torch") = RNN_EXT_TORCH_VERSION;
 #ifdef __clang__
   m.attr("compiler") = "clang " __clang_version__;
