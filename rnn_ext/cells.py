@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 
 from . import _C, composite, functional
 from .backend import is_plain_call, uncovered
@@ -39,12 +38,13 @@ class OneStep(Replacement):
         Raises:
             ValueError, RuntimeError: as torch.nn's cell does.
         """
-        if isinstance(input, Proxy):
-            return self._as_leaf(input, hx=hx)
         if type(input) is Tensor and is_plain_call():
             new = self._run_plain(input, hx)
             if new is not None:
                 return new
+        node = self._as_leaf(input, hx=hx)
+        if node is not None:
+            return node
         states = self._arrange(input, hx)
         if states is None:
             return self._run_twin(input, hx)

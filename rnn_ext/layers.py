@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import _C, composite, functional
@@ -50,7 +49,11 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             ValueError, RuntimeError: as torch.nn does, for rank, sizes, dtypes and devices;
                 ValueError for ``lengths`` that do not fit.
         """
-        return self._run(input, hx, lengths)[:2]
+        return self._shown(self._run(input, hx, lengths))
+
+    def _shown(self, results, return_cells=False):
+        """What `forward` returns of `_run`'s results, which torch.fx may have left in one node."""
+        return results[:2] if isinstance(results, tuple) and not return_cells else results
 
     def _run(self, input, hx, lengths=None, return_cells=False):
         """(output, state, cells) of `forward`."""
@@ -58,9 +61,10 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             results = self._run_plain(input, hx)
             if results is not None:
                 return results
-        if isinstance(input, Proxy):
-            cells = {"return_cells": True} if return_cells else {}
-            return self._as_leaf(input, hx=hx, lengths=lengths, **cells)
+        cells = {} if return_cells is False else {"return_cells": return_cells}
+        node = self._as_leaf(input, hx=hx, lengths=lengths, **cells)
+        if node is not None:
+            return node
         if lengths is not None:
             return self._run_with_lengths(input, hx, lengths, return_cells)
         extra = self._extra or ("return_cells=True" if return_cells else None)

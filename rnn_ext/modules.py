@@ -157,8 +157,7 @@ class LSTM(RecurrentLayers):
         Raises:
             ValueError, RuntimeError: as `RecurrentLayers.forward`.
         """
-        results = self._run(input, hx, lengths, return_cells)
-        return results if return_cells else results[:2]
+        return self._shown(self._run(input, hx, lengths, return_cells), return_cells)
 
 
 class GRU(_WithoutProjection):

@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
@@ -252,8 +251,9 @@ class QuantizedLayers(torch.nn.Module):
                 torch.jit.trace is recording.
             ValueError: ``lengths`` do not fit; ``return_cells``, which is not kept here.
         """
-        if isinstance(input, Proxy):
-            return self._as_leaf(input, hx=hx, lengths=lengths)
+        node = self._as_leaf(input, hx=hx, lengths=lengths)
+        if node is not None:
+            return node
         if return_cells:
             raise ValueError(f"{self._get_name()}: return_cells needs the float32 layer")
         if lengths is not None:

@@ -4,6 +4,8 @@ import copy
 from typing import Any
 
 from torch import Tensor
+from torch.fx import Proxy
+from torch.fx.proxy import TraceError
 
 from .backend import current, warn_once
 from .initialization import checked_recurrent_init
@@ -65,11 +67,27 @@ class Replacement:
         warn_once(f"{self._get_name()}: torch.nn's kernel serves instead: {reason}")
         return result
 
-    def _as_leaf(self, proxy, **arguments):
-        """A call node for torch.fx, which treats torch.nn's modules as leaves, and only those."""
+    def _as_leaf(self, input, **arguments):
+        """A call node if torch.fx traces ``input`` or the state, otherwise None.
+
+        torch.fx treats torch.nn's modules as leaves, and only those.
+        """
+        hx = arguments["hx"]
+        state = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
+        if isinstance(input, Proxy):
+            tracer = input.tracer
+        elif isinstance(state, Proxy):
+            tracer = state.tracer
+        else:
+            return None
+        path = tracer.path_of_module(self)
+        if not path:
+            raise TraceError(
+                f"{self._get_name()} is a leaf in the graphs of torch.fx; "
+                "trace a module that holds it"
+            )
         given = {name: value for name, value in arguments.items() if value is not None}
-        path = proxy.tracer.path_of_module(self)
-        return proxy.tracer.create_proxy("call_module", path, (proxy,), given)
+        return tracer.create_proxy("call_module", path, (input,), given)
 
     def __prepare_scriptable__(self) -> Any:
         """What torch.jit.script compiles: the twin, with the same parameters."""

@@ -1,4 +1,4 @@
-"""Our layers under torch.compile, torch.export, torch.fx, TorchScript and torch.func."""
+"""Our layers under torch.compile, torch.export and torch.func."""
 
 import warnings
 
@@ -120,54 +120,6 @@ def test_export(name):
     x = torch.randn(5, 2, 4, dtype=torch.float64)
     model = Model(ours)
     assert_same(torch.export.export(model, (x,)).module()(x), model(x))
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_fx_treats_layers_and_cells_as_leaves(name):
-    class Pair(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = getattr(rnn_ext, name)(4, 3)
-            self.cell = getattr(rnn_ext, f"{name}Cell")(4, 3)
-
-        def forward(self, x, hx):
-            output, state = self.layer(x, hx)
-            return output, state, self.cell(x[0])
-
-    pair = Pair()
-    traced = torch.fx.symbolic_trace(pair)
-    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    assert calls == ["layer", "cell"]
-    x = torch.randn(5, 2, 4)
-    hx = pair.layer(x)[1]
-    assert_same(traced(x, hx), pair(x, hx))
-
-    traced = torch.fx.symbolic_trace(torch.nn.Sequential(rnn_ext.LSTM(4, 3)))
-    assert_same(traced(x), traced.get_submodule("0")(x))
-
-
-@pytest.mark.parametrize("name", LAYERS + CELLS)
-def test_torchscript(name):
-    ours, theirs = twins(name, 4, 3)
-    x = torch.randn(*((2, 4) if name in CELLS else (5, 2, 4)), dtype=torch.float64)
-    expected = theirs(x)
-    with pytest.warns(FallbackWarning, match="torch.jit.trace records only"):
-        traced = torch.jit.trace(ours, (x,), check_trace=False)
-    assert_same(traced(x), expected)
-    model = torch.nn.Sequential(ours)
-    with pytest.warns(FallbackWarning, match="torch.jit.script puts torch.nn's in its place"):
-        scripted = torch.jit.script(model)
-    assert_same(scripted(x), expected)
-    assert type(ours) is getattr(rnn_ext, name) and type(model[0]) is getattr(torch.nn, name)
-
-
-def test_torchscript_refuses_what_torch_nn_has_not():
-    for module in (
-        rnn_ext.GRU(4, 3, reset_after=False),
-        rnn_ext.RNNCell(4, 3, nonlinearity="sigmoid"),
-    ):
-        with pytest.raises(RuntimeError, match="cannot be scripted"):
-            torch.jit.script(module)
 
 
 @pytest.mark.parametrize("name", LAYERS)
