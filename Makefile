@@ -10,14 +10,17 @@ VENV := .venv
 BASE_PYTHON := python3
 PY := $(if $(PYTHON),$(PYTHON),$(VENV)/bin/python)
 SETUP := $(PY) tools/dev_setup.py
+CLIENTS := $(VENV)/clients
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: help environment demo test bench build gpu lint types docs features dist format clean
+.PHONY: help environment demo test test-clients bench build gpu lint types docs features dist \
+  format clean
 
 help:
 	@echo "make demo    train a character language model, rnn_ext beside torch.nn (under 3 minutes)"
 	@echo "make test    run the tests            make test ARGS='-k gru'"
+	@echo "make test-clients   programs from PyPI give the same numbers with our layers"
 	@echo "make bench   speed and memory beside torch.nn     make bench ARGS=--quick"
 	@echo "make build   compile what changed, for this checkout"
 	@echo "make gpu     on a machine with a GPU: build, check, measure (STAGE=tests for one stage)"
@@ -44,6 +47,12 @@ demo: environment
 test: environment
 	@$(SETUP) build test
 	@$(PY) -m pytest $(ARGS)
+
+# Programs from PyPI, in an environment of their own that sees this one's packages.
+test-clients: environment
+	@$(SETUP) build test
+	@$(SETUP) clients $(CLIENTS)
+	@PYTHONPATH=$(CURDIR) $(CLIENTS)/bin/python -m pytest clients $(ARGS)
 
 bench: environment
 	@$(SETUP) build bench

@@ -45,6 +45,29 @@ PACKAGES = {
     "docs": ["sphinx>=8.1", "furo", "myst-parser>=4", "latex2mathml>=3.77"],
     "torch": [],  # TORCH_SPEC where there is none
 }
+# Programs of others that use torch.nn's recurrent layers, and what they need beyond it. Installed
+# without looking at their dependencies: pip would put another torch there.
+CLIENTS = [
+    "sb3-contrib==2.9.2",
+    "stable-baselines3==2.9.2",
+    "gymnasium",
+    "farama-notifications",
+    "cloudpickle",
+    "pandas",
+    "tzdata",
+    "pytz",
+    "denoiser==0.1.5",
+    "julius",
+    "stanza==1.10.1",
+    "emoji",
+    "protobuf",
+    "requests",
+    "urllib3",
+    "idna",
+    "certifi",
+    "charset-normalizer",
+    "networkx",
+]
 BUILD_VARIABLES = ["CXX", "CXXFLAGS", "CFLAGS", "LDFLAGS", "TORCH_CUDA_ARCH_LIST"]
 BUILD_INPUTS = ["csrc/**/*", "build_backend/*.py", "setup.py", "pyproject.toml"]
 
@@ -90,6 +113,25 @@ def install(requirements, quiet=True):
         pip = [sys.executable, "-m", "pip", "install", *(["--quiet"] if quiet else []), *missing]
         if subprocess.run(pip).returncode:
             sys.exit(f"pip could not install {', '.join(missing)}: its own message is above.")
+
+
+def make_clients_environment(folder):
+    """An environment that sees this one's packages and has the programs of CLIENTS besides."""
+    make_environment(folder)
+    python = folder / "bin/python"
+    paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
+    seen = {Path(importlib.util.find_spec(name).origin).parents[1] for name in ("torch", "pytest")}
+    Path(paths["purelib"], "of_the_main_environment.pth").write_text(
+        "".join(f"import site; site.addsitedir({str(path)!r})\n" for path in sorted(seen))
+    )
+    stamp = folder / "clients.json"
+    if stamp.exists() and json.loads(stamp.read_text()) == CLIENTS:
+        return
+    say("installing " + ", ".join(CLIENTS))
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", *CLIENTS]
+    if subprocess.run(pip).returncode:
+        sys.exit("pip could not install them: its own message is above.")
+    stamp.write_text(json.dumps(CLIENTS))
 
 
 def fingerprint():
@@ -165,12 +207,16 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("venv").add_argument("folder", type=Path)
+    for name in ("venv", "clients"):
+        commands.add_parser(name).add_argument("folder", type=Path)
     for name in ("packages", "build"):
         commands.add_parser(name).add_argument("groups", nargs="*")
     args = parser.parse_args()
     if args.command == "venv":
         make_environment(args.folder)
+        return
+    if args.command == "clients":
+        make_clients_environment(args.folder)
         return
     groups = ["build", *args.groups] if args.command == "build" else args.groups
     wants_torch = args.command == "build" or "torch" in groups
