@@ -89,7 +89,8 @@ class OneStep(Replacement):
 
     def _arrange(self, input, hx):
         """The states given, as a tuple; None if torch.nn is to judge."""
-        if not isinstance(input, Tensor) or self._cell is None:
+        # torch.nn's cells, unlike its layers, may have no hidden units.
+        if not isinstance(input, Tensor) or self._cell is None or self.hidden_size == 0:
             return None
         shape = input.shape
         if len(shape) not in (1, 2) or shape[-1] != self.input_size:

@@ -61,8 +61,8 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             results = self._run_plain(input, hx)
             if results is not None:
                 return results
-        cells = {} if return_cells is False else {"return_cells": return_cells}
-        node = self._as_leaf(input, hx=hx, lengths=lengths, **cells)
+        options = {} if return_cells is False else {"return_cells": return_cells}
+        node = self._as_leaf(input, hx=hx, lengths=lengths, **options)
         if node is not None:
             return node
         if lengths is not None:

@@ -63,3 +63,34 @@ def test_two_processes_are_one(case, folder, alone):
         start = dict(Model(torch.nn).named_parameters())
         if part == "parameters":
             assert not any(torch.equal(tensors[name], start[name]) for name in start)
+
+
+def run_example(processes, *options):
+    example = pathlib.Path(__file__).parent.parent / "examples/ddp.py"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    tiny = "--hidden 12 --batch 4 --window 16 --steps 20".split()
+    return subprocess.run(
+        [sys.executable, *launch, example, *tiny, *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_the_example_computes_the_same_with_one_process_and_two():
+    pytest.importorskip("matplotlib")  # which char_lm.py imports
+    losses = []
+    for processes in (1, 2):
+        done = run_example(processes)
+        assert done.returncode == 0, done.stderr
+        losses.append([float(line.split()[3]) for line in done.stdout.splitlines()])
+    # Each process clips the same averaged gradient; what is printed has four digits.
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+    assert len(losses[0]) == 10 and losses[0][-1] < losses[0][0]
+
+
+def test_the_example_says_how_to_start_it():
+    example = pathlib.Path(__file__).parent.parent / "examples/ddp.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True)
+    assert done.returncode == 2 and "start it with torchrun" in done.stderr

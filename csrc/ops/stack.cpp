@@ -126,7 +126,7 @@ std::optional<StackOutputs> run_cell(const std::string& cell, const Tensor& inpu
   if (!all_plain(input, hx, weights) || input.dim() != 2 || input.size(1) != weights[0].size(1))
     return std::nullopt;
   const int64_t hidden = weights[1].size(1);
-  if (!hx.empty() && hx.size() != (lstm ? 2 : 1)) return std::nullopt;
+  if (hidden == 0 || (!hx.empty() && hx.size() != (lstm ? 2 : 1))) return std::nullopt;
   for (const Tensor& state : hx)
     if (state.sizes() != at::IntArrayRef{input.size(0), hidden}) return std::nullopt;
   const Tensor h0 = hx.empty() ? at::zeros({input.size(0), hidden}, input.options()) : hx[0];
