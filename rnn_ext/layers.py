@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import _C, composite, functional
+from . import _C, composite, functional, library
 from .backend import is_plain_call, uncovered
 from .initialization import recurrent_
 from .replacement import Replacement
@@ -155,6 +155,8 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
         states = () if hx is None else self._states(hx)
         if states is None:
             return None
+        if rank == 2 and states and states[0].dim() == 3 and torch.compiler.is_compiling():
+            batch = states[0].size(1)  # of batch_sizes it has no value; the kernels compare
         rows = self.num_layers * (2 if self.bidirectional else 1)
         for state, width in zip(states, (self.proj_size or self.hidden_size, self.hidden_size)):
             if state.shape != ((rows, batch, width) if batched else (rows, width)):
@@ -217,24 +219,17 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             )
         if self._arrange(input, hx) is None:
             return self._run(input, hx)
-        if input.dim() == 2:
-            raise ValueError(f"{name}: lengths needs batched 3-D input, got 2-D input")
-        self._update_flat_weights()
-        self.check_input(input, None)
-        batch, steps = input.shape[:2] if self.batch_first else input.shape[1::-1]
         if isinstance(lengths, Tensor) and torch._C._functorch.is_batchedtensor(lengths):
             raise ValueError(
                 f"{name}: lengths must be the same for every entry of torch.func.vmap; run over "
                 "all steps and leave out of the loss what lies past an entry's length"
             )
-        lengths = torch.as_tensor(lengths, device="cpu")
-        if lengths.dtype not in _INTEGERS and lengths.numel():
-            raise ValueError(f"{name}: lengths must be integers, got {lengths.dtype}")
-        if lengths.shape != (batch,):
-            raise ValueError(
-                f"{name}: lengths must have shape [{batch}], got {list(lengths.shape)}"
-            )
-        lengths = lengths.long()
+        lengths = self._checked_lengths(input, torch.as_tensor(lengths, device="cpu"))
+        if torch.compiler.is_compiling():
+            return self._run_gathered(input, hx, lengths, return_cells)
+        self._update_flat_weights()
+        self.check_input(input, None)
+        batch, steps = input.shape[:2] if self.batch_first else input.shape[1::-1]
         if batch == 0 or lengths.min() == steps == lengths.max():
             return self._run(input, hx, None, return_cells)
         if lengths.min() < 1 or lengths.max() > steps:
@@ -253,16 +248,12 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
         return output, state, cells
 
     def _run_gathered(self, input, hx, lengths, return_cells):
-        """As `_run_with_lengths`, of operations that torch.func.vmap takes: packing is not one."""
+        """As `_run_with_lengths`, of operations that torch.compile traces and vmap takes."""
         x = input.transpose(0, 1) if self.batch_first else input
         steps, batch = x.shape[:2]
-        lengths, order = lengths.sort(descending=True)
-        alive = torch.arange(steps)[:, None] < lengths  # [T, B], in sorted order
-        rows = (torch.arange(steps)[:, None] * batch + order)[alive].to(x.device)
-        order = order.to(x.device)
-        packed = PackedSequence(
-            x.flatten(0, 1).index_select(0, rows), alive.sum(1), order, order.argsort()
-        )
+        rows, batch_sizes, *orders = library.packing(lengths, steps)
+        rows, order, restore = (t.to(x.device) for t in (rows, *orders))
+        packed = PackedSequence(x.flatten(0, 1).index_select(0, rows), batch_sizes, order, restore)
         output, state, cells = self._run(packed, hx, None, return_cells)
 
         def padded(part):
@@ -271,4 +262,18 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             whole = whole.unflatten(0, (steps, batch))
             return whole.transpose(0, 1) if self.batch_first else whole
 
-        return padded(output), state, None if cells is None else padded(cells)
+        return padded(output), state, padded(cells) if return_cells else None
+
+    def _checked_lengths(self, input, lengths):
+        """``lengths`` as an int64 tensor [B]; the values are not looked at."""
+        name, lengths = self._get_name(), torch.as_tensor(lengths)
+        if input.dim() == 2:
+            raise ValueError(f"{name}: lengths needs batched 3-D input, got 2-D input")
+        batch = input.size(0 if self.batch_first else 1)
+        if lengths.dtype not in _INTEGERS and lengths.numel():
+            raise ValueError(f"{name}: lengths must be integers, got {lengths.dtype}")
+        if lengths.shape != (batch,):
+            raise ValueError(
+                f"{name}: lengths must have shape [{batch}], got {list(lengths.shape)}"
+            )
+        return lengths.long()

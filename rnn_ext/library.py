@@ -1,8 +1,15 @@
-"""The layer's kernels as operators of ``torch.library``, for torch.compile and torch.export.
+"""The kernels as operators of torch's dispatcher, for torch.compile, torch.export and AOTInductor.
 
-``rnn_ext::layer`` and ``rnn_ext::layer_backward`` have fake kernels (shapes alone) and autograd.
-An operator's results alias nothing: what is absent is an empty tensor, and so is ``states``
-(``wide_cells``) where it would repeat ``output`` (``cells``).
+csrc/ops/operators.cpp defines them; here they get fake kernels (shapes alone) and gradients:
+
+- ``rnn_ext::layer``: a layer in one direction or both; what compiled and exported models contain;
+- ``rnn_ext::layer_forward``, ``rnn_ext::layer_backward``: what it becomes where gradients are asked
+  for;
+- ``rnn_ext::quantized_layer``: the same over weights of fewer bits, without gradients;
+- ``rnn_ext::packing``: where the steps of padded sequences lie when they are packed.
+
+``tensors`` are h0, c0, w_ih, w_hh, b_ih, b_hh and w_hr of one direction, or of the one forward in
+time and then the one backward. An operator's results alias nothing.
 """
 
 from collections.abc import Sequence
@@ -10,24 +17,45 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, transforms
 
-__all__ = ["layer"]
+__all__ = ["layer", "packing", "quantized_layer"]
 
-_TENSORS = (
-    "Tensor input, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
-    "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr"
-)
-_SAVED = "Tensor states, Tensor wide_cells, Tensor gates, Tensor middle"
-_GRADIENTS = "Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cells"
+_operators = torch.ops.rnn_ext
+_DIRECTION, _SHOWN = 7, 4  # tensors that a direction takes, and gives
 
 
-def layer(
-    cell: str, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None, reverse: bool
-) -> tuple[Tensor | None, ...]:
-    """As ``ops.layer``, through the operator."""
-    output, h_n, c_n, cells = torch.ops.rnn_ext.layer(cell, *tensors, batch_sizes, reverse)[:4]
-    return (output, h_n, c_n, cells) if cell == "lstm" else (output, h_n, None, None)
+def layer(cell, input, directions, batch_sizes, reverse, return_cells):
+    """As ``ops.layer`` for each of ``directions``, through the operator."""
+    tensors = [t for direction in directions for t in direction]
+    results = _operators.layer(cell, input, tensors, batch_sizes, reverse, return_cells)
+    return [
+        (*shown, *(None,) * (_SHOWN - len(shown))) for shown in _split(results, len(directions))
+    ]
+
+
+def quantized_layer(cell, input, h0, c0, weights, batch_sizes, reverse):
+    """(output, h_n, c_n) of a layer with the weights of ``QuantizedLayers``."""
+    results = _operators.quantized_layer(cell, input, h0, c0, weights, batch_sizes, reverse)
+    return results if len(results) == 3 else (*results, None)
+
+
+def packing(lengths, steps):
+    """(rows, batch_sizes, order, restore) that pack [T, B, ...] of these lengths, in any order.
+
+    ``rows`` [N] are indices into the T * B rows, the rest is as in PackedSequence. ValueError for
+    lengths that are not in 1..steps.
+    """
+    return _operators.packing(lengths, steps)
+
+
+def _split(items, parts):
+    size = len(items) // parts
+    return [items[k * size : (k + 1) * size] for k in range(parts)]
+
+
+def _by_direction(tensors):
+    return _split(tensors, len(tensors) // _DIRECTION)
 
 
 def _on_cuda(tensor):
@@ -40,114 +68,158 @@ def _multiplies(tensor):
     return _on_cuda(tensor) or not narrow
 
 
-@torch.library.custom_op(
-    "rnn_ext::layer",
-    mutates_args=(),
-    schema=f"(str cell, {_TENSORS}, Tensor? batch_sizes, bool reverse) "
-    f"-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, {_SAVED})",
-)
-def _layer(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
-    tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    output, h_n, c_n, states, cells, gates, middle, _ = _C.layer_forward(
-        cell, *tensors, batch_sizes, reverse, True, "auto"
-    )
-    wide_cells = None
-    if states is output:
-        states = None
-    if cells is not None and cells.dtype != input.dtype:
-        wide_cells, cells = cells, cells.to(input.dtype)
-    results = (output, h_n, c_n, cells, states, wide_cells, gates, middle)
-    return tuple(input.new_empty(0) if t is None else t for t in results)
+def _layer_fake(cell, input, tensors, batch_sizes, reverse, return_cells):
+    results, lstm = [], cell == "lstm"
+    for h0, c0, _, w_hh, *_ in _by_direction(tensors):
+        shape = input.shape[:-1]
+        results += [input.new_empty(*shape, h0.shape[1]), input.new_empty(h0.shape)]
+        if lstm:
+            results.append(input.new_empty(c0.shape))
+        if lstm and return_cells:
+            results.append(input.new_empty(*shape, w_hh.shape[0] // 4))
+    return results
 
 
-@_layer.register_fake
-def _(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
+def _layer_forward_fake(cell, input, tensors, batch_sizes, reverse):
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     wider = compute != input.dtype
     # What only the kernels read is as wide as what they compute with on the CPU, not on CUDA; what
     # they multiply, as wide as what they multiply with.
     stored = input.dtype if _on_cuda(input) else compute
     multiplied = input.dtype if _multiplies(input) else stored
-    leading = input.shape[:-1]
-    output_size = h0.shape[1]
     gates = {"lstm": 4, "gru": 3, "gru_reset_before": 3}.get(cell, 1)
-    hidden = w_ih.shape[0] // gates
-    if _on_cuda(input):
-        width = gates * hidden if gates > 1 else 0
-    else:
-        width = _C.gates_width(cell, hidden, compute.itemsize)
-    rows = input.numel() // input.shape[-1]
+    leading = input.shape[:-1]
+    rows = leading[0] if batch_sizes is not None else leading[0] * leading[1]
+    lstm = cell == "lstm"
 
-    def empty(*shape, dtype=input.dtype):
-        return input.new_empty(shape, dtype=dtype)
+    def empty(*shape, dtype=input.dtype, there=True):
+        return input.new_empty(shape, dtype=dtype) if there else input.new_empty(0)
 
-    lstm, middle = cell == "lstm", cell.startswith("gru") or w_hr is not None
-    return (
-        empty(*leading, output_size),
-        torch.empty_like(h0, memory_format=torch.contiguous_format),
-        empty(*c0.shape) if lstm else empty(0),
-        empty(*leading, hidden) if lstm else empty(0),
-        empty(*leading, output_size, dtype=multiplied) if multiplied != input.dtype else empty(0),
-        empty(*leading, hidden, dtype=compute) if wider and lstm else empty(0),
-        empty(rows, width, dtype=stored) if width else empty(0),
-        empty(rows, hidden, dtype=multiplied) if middle else empty(0),
-    )
-
-
-@torch.library.custom_op(
-    "rnn_ext::layer_backward",
-    mutates_args=(),
-    schema=f"(str cell, {_TENSORS}, Tensor? batch_sizes, bool reverse, "
-    f"Tensor output, Tensor cells, {_SAVED}, {_GRADIENTS}, bool[] wanted) -> Tensor[]",
-)
-def _layer_backward(
-    cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, output, cells,
-    states, wide_cells, gates, middle, d_output, d_h_n, d_c_n, d_cells, wanted,
-):  # fmt: skip
-    tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    saved = [output, cells, gates, middle]
-    if input.dtype in (torch.bfloat16, torch.float16):
-        saved[:2] = output if _multiplies(input) else states, wide_cells
-    gradients = _C.layer_backward(
-        cell, *tensors, batch_sizes, reverse,
-        saved[0], *(t if c0 is not None or i else None for i, t in enumerate(saved[1:])),
-        "cuda" if _on_cuda(input) else _C.cpu_isa(), d_output, d_h_n, d_c_n, d_cells, wanted,
-        1, "auto",
-    )  # fmt: skip
-    return [input.new_empty(0) if g is None else g for g in gradients]
+    results = []
+    for h0, c0, w_ih, _, _, _, w_hr in _by_direction(tensors):
+        output_size, hidden = h0.shape[1], w_ih.shape[0] // gates
+        if _on_cuda(input):
+            width = gates * hidden if gates > 1 else 0
+        else:
+            width = _C.gates_width(cell, hidden, compute.itemsize)
+        middle = cell.startswith("gru") or w_hr is not None
+        results += [
+            empty(*leading, output_size),
+            empty(*h0.shape),
+            empty(*c0.shape) if lstm else empty(0),
+            empty(*leading, hidden, there=lstm),
+            empty(*leading, output_size, dtype=multiplied, there=multiplied != input.dtype),
+            empty(*leading, hidden, dtype=compute, there=wider and lstm),
+            empty(rows, width, dtype=stored, there=width > 0),
+            empty(rows, hidden, dtype=multiplied, there=middle),
+        ]
+    return results
 
 
-@_layer_backward.register_fake
-def _(
-    cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, output, cells,
-    states, wide_cells, gates, middle, d_output, d_h_n, d_c_n, d_cells, wanted,
-):  # fmt: skip
-    tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    return [
-        input.new_empty(t.shape) if w and t is not None else input.new_empty(0)
-        for t, w in zip(tensors, wanted)
-    ]
+def _layer_backward_fake(cell, input, tensors, batch_sizes, reverse, kept, upstream, wanted):
+    inputs = [t for direction in _by_direction(tensors) for t in (input, *direction)]
+    return [input.new_empty(t.shape) for t, w in zip(inputs, wanted) if w and t is not None]
 
 
-def _setup_context(ctx, inputs, output):
-    cell, *tensors, batch_sizes, reverse = inputs
-    shown, _, _, cells, *saved = output
-    ctx.options = cell, reverse
-    ctx.save_for_backward(*tensors, batch_sizes, shown, cells, *saved)
-    ctx.set_materialize_grads(False)
+def _saved(output, cells, states, wide_cells, gates, middle):
+    """What ``_C.layer_backward`` reads, of what `_Layer` keeps."""
+    first = (states, output), (wide_cells, cells), (gates,), (middle,)
+    return [next((t for t in ts if t.dim() != 1 or t.numel()), None) for ts in first]
 
 
-def _backward(ctx, d_output, d_h_n, d_c_n, d_cells, *_):
-    cell, reverse = ctx.options
-    *tensors, batch_sizes, output, cells, states, wide_cells, gates, middle = ctx.saved_tensors
-    if cell != "lstm":
-        d_c_n = d_cells = None
-    wanted = list(ctx.needs_input_grad[1:9])
-    gradients = torch.ops.rnn_ext.layer_backward(
-        cell, *tensors, batch_sizes, reverse, output, cells, states, wide_cells, gates, middle,
-        d_output, d_h_n, d_c_n, d_cells, wanted,
-    )  # fmt: skip
-    return None, *(g if w else None for g, w in zip(gradients, wanted)), None, None
+def _quantized_layer_fake(cell, input, h0, c0, weights, batch_sizes, reverse):
+    results = [input.new_empty(*input.shape[:-1], h0.shape[1]), input.new_empty(h0.shape)]
+    return results if c0 is None else [*results, input.new_empty(c0.shape)]
 
 
-_layer.register_autograd(_backward, setup_context=_setup_context)
+def _packing_fake(lengths, steps):
+    context = torch.library.get_ctx()
+    rows, taken = context.new_dynamic_size(min=1), context.new_dynamic_size(min=1)
+    return tuple(lengths.new_empty(n) for n in (rows, taken, *lengths.shape * 2))
+
+
+class _Layer(torch.autograd.Function):
+    """Tensors first: input, then the seven of each direction."""
+
+    @staticmethod
+    def forward(ctx, input, *arguments):
+        *tensors, batch_sizes, operators, cell, reverse, return_cells = arguments
+        with torch._C._AutoDispatchBelowAutograd():
+            results = operators.layer_forward(cell, input, tensors, batch_sizes, reverse)
+        ctx.set_materialize_grads(False)
+        ctx.options = operators, cell, reverse
+        shown, kept = [], []
+        for output, h_n, c_n, cells, *saved in _split(results, len(tensors) // _DIRECTION):
+            shown += [output, h_n]
+            if cell == "lstm":
+                shown += [c_n, cells] if return_cells else [c_n]
+            kept += [output, cells, *saved]
+        ctx.save_for_backward(input, *tensors, batch_sizes, *kept)
+        return tuple(shown)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        operators, cell, reverse = ctx.options
+        count = len(ctx.needs_input_grad) - 6  # without input and the five options
+        input, *saved = ctx.saved_tensors
+        tensors, batch_sizes, kept = saved[:count], saved[count], saved[count + 1 :]
+        groups = _by_direction(tensors)
+        needed = _by_direction(ctx.needs_input_grad[1 : 1 + count])
+        wanted = [(ctx.needs_input_grad[0], *n) for n in needed]
+        upstream = [(*d, *(None,) * (_SHOWN - len(d))) for d in _split(upstream, len(groups))]
+        if transforms.watched_backward([d for group in upstream for d in group]):
+            isa = "cuda" if _on_cuda(input) else _C.cpu_isa()
+            gradients = [
+                transforms.layer_backward(
+                    transforms.Call(cell, batch_sizes, way, "auto", isa=isa),
+                    (input, *group),
+                    _saved(*rest[0]),
+                    *rest[1:],
+                )
+                for way, group, *rest in zip(
+                    (reverse, True), groups, _split(kept, len(groups)), upstream, wanted
+                )
+            ]
+        else:
+            joined = (
+                [d for group in upstream for d in group],
+                [w for group in wanted for w in group],
+            )
+            found = iter(
+                operators.layer_backward(cell, input, tensors, batch_sizes, reverse, kept, *joined)
+            )
+            gradients = [[next(found) if w else None for w in group] for group in wanted]
+        d_input = [d[0] for d in gradients if d[0] is not None]
+        return (
+            sum(d_input[1:], d_input[0]) if d_input else None,
+            *(g for group in gradients for g in group[1:]),
+            *(None,) * 5,
+        )
+
+
+def _register(namespace):
+    """Shapes and gradients for the operators of ``namespace``; the registration is to be kept."""
+    operators = getattr(torch.ops, namespace)
+    library = torch.library.Library(namespace, "IMPL")
+    for name, fake in {
+        "layer": _layer_fake,
+        "layer_forward": _layer_forward_fake,
+        "layer_backward": _layer_backward_fake,
+        "quantized_layer": _quantized_layer_fake,
+        "packing": _packing_fake,
+    }.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+
+    def layer(keyset, cell, input, tensors, batch_sizes, reverse, return_cells):
+        given = (input, *tensors)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+            options = operators, cell, reverse, return_cells
+            return list(_Layer.apply(input, *tensors, batch_sizes, *options))
+        with torch._C._AutoDispatchBelowAutograd():
+            return operators.layer(cell, input, tensors, batch_sizes, reverse, return_cells)
+
+    library.impl("layer", layer, "Autograd", with_keyset=True)
+    return library
+
+
+_registration = _register("rnn_ext")

@@ -62,7 +62,7 @@ def layer(
     """
     tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     if torch.compiler.is_compiling():
-        return library.layer(cell, tensors, batch_sizes, reverse)
+        return library.layer(cell, input, [tensors[1:]], batch_sizes, reverse, return_cells)[0]
     if transforms.watched():
         return transforms.layer(cell, tensors, batch_sizes, reverse, return_cells)
     if current() == "reference":
@@ -92,7 +92,9 @@ def both_directions(
     one launch where the kernel is persistent.
     """
     tensors = (input, *first, *second)
-    if reverse or torch.compiler.is_compiling() or transforms.watched() or current() == "reference":
+    if torch.compiler.is_compiling() and not reverse:
+        return library.layer(cell, input, (first, second), batch_sizes, False, return_cells)
+    if reverse or transforms.watched() or current() == "reference":
         options = {"batch_sizes": batch_sizes, "return_cells": return_cells}
         return (
             layer(cell, input, *first, reverse=reverse, **options),

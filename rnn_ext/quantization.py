@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _C, functional
+from . import _C, functional, library
 from .backend import is_plain_call
 from .layers import RecurrentLayers
 from .modules import GRU, LSTM, RNN
@@ -369,7 +369,9 @@ class QuantizedLayers(torch.nn.Module):
 
 def _run_layer(cell, x, h0, c0, *tensors, batch_sizes, reverse, return_cells):
     """As `rnn_ext.ops.layer`, with the tensors of `QuantizedLayers._weights`."""
-    return *_C.quantized_layer(cell, x, h0, c0, tensors, batch_sizes, reverse), None
+    compiling = torch.compiler.is_compiling()
+    run = library.quantized_layer if compiling else _C.quantized_layer
+    return *run(cell, x, h0, c0, tensors, batch_sizes, reverse), None
 
 
 def _in_words(size):

@@ -34,6 +34,7 @@ def emulated_modules():
     module = load("_C", list(map(str, sources)), extra_cflags=flags, build_directory=str(folder))
     predicates = _import("_predicates", module.__file__)
     predicates.device(*DEVICE.values())
+    module.operators = library._register("rnn_ext_emulated")
     return module, predicates
 
 
@@ -70,6 +71,7 @@ def emulation(monkeypatch, forward, backward):
     for module in (ops, library, transforms):
         monkeypatch.setattr(module, "_C", extension)
     monkeypatch.setattr(library, "_on_cuda", lambda tensor: True)
+    monkeypatch.setattr(library, "_operators", torch.ops.rnn_ext_emulated)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small products: a second thread would only be waited for
     yield emulated_modules()[1]

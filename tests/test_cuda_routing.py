@@ -212,9 +212,8 @@ def test_fake_kernels_know_what_is_saved_on_cuda(cell, dtype):
 
         weights = [empty(gates * 7, 5), empty(gates * 7, 7), None, None, None]
         c0 = empty(2, 7) if lstm else None
-        results = torch.ops.rnn_ext.layer(
-            cell, empty(3, 2, 5), empty(2, 7), c0, *weights, None, False
-        )
+        tensors = [empty(2, 7), c0, *weights]
+        results = torch.ops.rnn_ext.layer_forward(cell, empty(3, 2, 5), tensors, None, False)
     output, h_n, c_n, cells, states, wide_cells, kept, middle = results
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert output.shape == (3, 2, 7) and h_n.shape == (2, 7) and states.numel() == 0

@@ -194,14 +194,19 @@ def test_resets_of_packed_rows(emulated, cell, nan_filled):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_operators_of_torch_library(cell, dtype):
+def test_operators_of_torch_library(cell, dtype, monkeypatch):
+    for path in ("_forward", "_backward"):  # the operators choose for themselves
+        monkeypatch.setattr(ops._C, path, "auto")
     case = make_case(cell, (3, 2, 4, 6)).to(dtype)
     leaves = [None if t is None else t.clone().requires_grad_() for t in case.tensors]
-    arguments = (case.cell, *leaves, None, False)
+    arguments = (case.cell, leaves[0], leaves[1:], None, False)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.rnn_ext.layer.default, arguments, test_utils=checks)
+    operators = torch.ops.rnn_ext_emulated
+    torch.library.opcheck(operators.layer.default, (*arguments, True), test_utils=checks)
+    with torch.no_grad():
+        torch.library.opcheck(operators.layer_forward.default, arguments, test_utils=checks)
     results, gradients = run_ours(case)
-    through = library.layer(case.cell, leaves, None, False)
+    (through,) = library.layer(case.cell, leaves[0], [leaves[1:]], None, False, True)
     pairs = [(r, d) for r, d in zip(through, case.upstream) if r is not None]
     torch.autograd.backward([r for r, _ in pairs], [d for _, d in pairs])
     assert all(torch.equal(r, results[n]) for n, (r, _) in zip(results, pairs))

@@ -45,13 +45,13 @@ def tensors(results):
     return [x for x in flat if isinstance(x, torch.Tensor)]
 
 
-def gradients(module, results, *inputs):
+def gradients(module, results, *inputs, retain_graph=True):
     """Gradients of a fixed function of ``results`` for the module's parameters and ``inputs``."""
     outputs = [r for r in tensors(results) if r.requires_grad]
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in outputs]
     leaves = [*module.parameters(), *inputs]
-    return torch.autograd.grad(outputs, leaves, upstream, retain_graph=True, allow_unused=True)
+    return torch.autograd.grad(outputs, leaves, upstream, retain_graph, allow_unused=True)
 
 
 def assert_same(ours, theirs):
