@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import _C, composite, functional
+from . import _C, composite, functional, onnx
 from .backend import is_plain_call, uncovered
 from .initialization import checked_forget_bias, forget_bias_, recurrent_
 from .replacement import Replacement
@@ -51,6 +51,8 @@ class OneStep(Replacement):
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input[None, None]
         weights = self._weights()
+        if onnx.is_exporting():
+            return self._run_in_onnx(x, states, weights, batched)
         reason, run = uncovered(x, states, [weights]), None
         if reason is not None:
             if not self._must_compose(reason, self._extra):
@@ -86,6 +88,13 @@ class OneStep(Replacement):
             return None
         _, h, c = results
         return h if c is None else (h, c)
+
+    def _run_in_onnx(self, x, states, weights, batched):
+        states = [state[None] if batched else state[None, None] for state in states]
+        name, size = self._get_name(), self.hidden_size
+        _, states = onnx.layers(name, self._cell, x, states, [weights], 1, size)
+        new = [state.squeeze(0) if batched else state[0, 0] for state in states]
+        return tuple(new) if self._cell == "lstm" else new[0]
 
     def _arrange(self, input, hx):
         """The states given, as a tuple; None if torch.nn is to judge."""

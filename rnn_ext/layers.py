@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import _C, composite, functional, library
+from . import _C, composite, functional, library, onnx
 from .backend import is_plain_call, uncovered
 from .initialization import recurrent_
 from .replacement import Replacement
@@ -65,6 +65,10 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
         node = self._as_leaf(input, hx=hx, lengths=lengths, **options)
         if node is not None:
             return node
+        if onnx.is_exporting():
+            results = self._run_in_onnx(input, hx, lengths, return_cells)
+            if results is not None:
+                return results
         if lengths is not None:
             return self._run_with_lengths(input, hx, lengths, return_cells)
         extra = self._extra or ("return_cells=True" if return_cells else None)
@@ -124,6 +128,34 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             return None
         output, h_n, c_n = results
         return output, h_n if c_n is None else (h_n, c_n), None
+
+    def _run_in_onnx(self, input, hx, lengths, return_cells):
+        """As `_run`, as nodes of ONNX; None for what torch.nn is to judge or to export."""
+        arranged = self._arrange(input, hx)
+        if arranged is None or isinstance(input, PackedSequence):
+            return None
+        if return_cells:
+            raise RuntimeError(
+                f"{self._get_name()}: ONNX's LSTM does not give every cell state; export without "
+                "return_cells"
+            )
+        if lengths is not None:
+            lengths = self._checked_lengths(input, lengths)
+        x, _, _, states = arranged
+        output, state = onnx.layers(
+            self._get_name(),
+            self._cell,
+            x,
+            states,
+            self._weights(),
+            2 if self.bidirectional else 1,
+            self.hidden_size,
+            lengths=lengths,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        if input.dim() == 2:
+            state = [part.squeeze(1) for part in state]
+        return self._like(input, output), tuple(state) if self._cell == "lstm" else state[0], None
 
     def _arrange(self, input, hx):
         """(x [T, B, I] or packed rows, batch_sizes, batch, states), or None if torch.nn is to

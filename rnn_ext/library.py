@@ -12,10 +12,8 @@ csrc/ops/operators.cpp defines them; here they get fake kernels (shapes alone) a
 time and then the one backward. An operator's results alias nothing.
 """
 
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from . import _C, transforms
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _C, functional, library
+from . import _C, functional, library, onnx
 from .backend import is_plain_call
 from .layers import RecurrentLayers
 from .modules import GRU, LSTM, RNN
@@ -266,6 +266,10 @@ class QuantizedLayers(torch.nn.Module):
             if results is not None:
                 return results
         name = self._get_name()
+        if onnx.is_exporting():
+            raise RuntimeError(
+                f"{name}: ONNX has no such weights; export the float layer and quantize the result"
+            )
         if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"{name}: torch.jit.trace and torch.func do not see its kernels; use the float "

@@ -1,0 +1,123 @@
+"""torch.onnx.export of our layers and cells, by either of its exporters: ONNX's nodes RNN, LSTM and
+GRU, one for each layer.
+
+ONNX's gates stand in another order, i, o, f, g and z, r, n, and its equations are torch.nn's; its
+GRU has both forms (``linear_before_reset``). https://onnx.ai/onnx/operators lists what each node
+computes.
+"""
+
+import torch
+
+_GATE_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru_reset_before": (1, 0, 2)}
+_ACTIVATIONS = {"rnn_tanh": "Tanh", "rnn_relu": "Relu", "rnn_sigmoid": "Sigmoid"}
+_OPERATORS = {"lstm": "LSTM", "gru": "GRU", "gru_reset_before": "GRU"}
+_OPERATORS |= dict.fromkeys(_ACTIVATIONS, "RNN")
+
+
+def is_exporting():
+    """Whether torch.onnx.export runs the model."""
+    recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return recording and _in_onnx_export()
+
+
+@torch.compiler.assume_constant_result  # Dynamo takes the function it calls to be always False
+def _in_onnx_export():
+    return torch.onnx.is_in_onnx_export()
+
+
+def layers(name, cell, x, states, weights, directions, hidden, *, lengths=None, dropout=0.0):
+    """Layers over directions, a node for each layer.
+
+    Args:
+        name: of the module, for messages.
+        cell: one of ``ops.CELLS``.
+        x: [T, B, I].
+        states: h_0 and of the LSTM c_0, [layers and directions, B, H], or none of them.
+        weights: (w_ih, w_hh, b_ih, b_hh, w_hr) of each layer and direction.
+        lengths: [B] integers, or None.
+
+    Returns:
+        output [T, B, directions * H] and the list of h_n and, of the LSTM, c_n, laid out like
+        ``states``.
+
+    Raises:
+        RuntimeError: for what ONNX has not: the cell, a projection.
+    """
+    if cell not in _OPERATORS:
+        raise RuntimeError(f"{name}: ONNX has no node for the cell {cell!r}")
+    if weights[0][4] is not None:
+        raise RuntimeError(f"{name}: ONNX's LSTM has no projection; export with proj_size=0")
+    if lengths is not None:
+        lengths = lengths.to(torch.int32)
+    last = []
+    for first in range(0, len(weights), directions):
+        if first and dropout:
+            x = torch.dropout(x, dropout, True)
+        group = slice(first, first + directions)
+        given = [state[group] for state in states]
+        output, *after = _layer(cell, x, given, weights[group], hidden, lengths)
+        # [T, directions, B, H]
+        x = output.squeeze(1) if directions == 1 else output.transpose(1, 2).flatten(2)
+        last.append(after)
+    return x, [torch.cat(parts) for parts in zip(*last)]
+
+
+def _layer(cell, x, states, weights, hidden, lengths):
+    directions = len(weights)
+    w_ih, w_hh, b_ih, b_hh = (
+        None if tensors[0] is None else _in_order(cell, torch.stack(tensors), hidden)
+        for tensors in list(zip(*weights))[:4]
+    )
+    biases = None if b_ih is None else torch.cat((b_ih, b_hh), 1)
+    inputs = [x, w_ih, w_hh, biases, lengths, *states]
+    while inputs[-1] is None:
+        inputs.pop()
+    attributes = {
+        "hidden_size": hidden,
+        "direction": "bidirectional" if directions == 2 else "forward",
+    }
+    if cell in _ACTIVATIONS:
+        attributes["activations"] = [_ACTIVATIONS[cell]] * directions
+    if cell.startswith("gru"):
+        attributes["linear_before_reset"] = int(cell == "gru")
+    operator = _OPERATORS[cell]
+    if torch.jit.is_tracing():
+        return _TracedNode.apply(operator, attributes, *inputs)
+    shapes = _shapes(operator, x, w_hh)
+    return torch.onnx.ops.symbolic_multi_out(
+        operator, inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
+    )
+
+
+def _in_order(cell, stacked, hidden):
+    """[directions, G*H, ...] with the gates in ONNX's order."""
+    order = _GATE_ORDER.get(cell)
+    if order is None:
+        return stacked
+    # Slices and one concatenation of constants: both exporters fold those.
+    return torch.cat([stacked[:, k * hidden : (k + 1) * hidden] for k in order], 1)
+
+
+def _shapes(operator, x, w_hh):
+    state = (w_hh.size(0), x.size(1), w_hh.size(2))
+    return [(x.size(0), *state), *[state] * (2 if operator == "LSTM" else 1)]
+
+
+class _TracedNode(torch.autograd.Function):
+    """A node for the exporter that traces (``dynamo=False``), which wants a value too."""
+
+    @staticmethod
+    def forward(ctx, operator, attributes, x, w_ih, w_hh, *inputs):
+        return tuple(x.new_zeros(shape) for shape in _shapes(operator, x, w_hh))
+
+    @staticmethod
+    def symbolic(g, operator, attributes, *inputs):
+        def absent():
+            value = g.op("prim::Constant")
+            value.setType(torch._C.OptionalType.ofTensor())
+            return value
+
+        suffix = {int: "i", str: "s", list: "s"}
+        named = {f"{key}_{suffix[type(value)]}": value for key, value in attributes.items()}
+        given = [absent() if value is None else value for value in inputs]
+        return g.op(operator, *given, **named, outputs=3 if operator == "LSTM" else 2)
