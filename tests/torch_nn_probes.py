@@ -7,6 +7,7 @@ it does not.
 import copy
 import io
 import pickle
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
@@ -292,3 +293,109 @@ def any_threads(kind):
     finally:
         torch.set_num_threads(before)
     return None if torch.equal(*results) else "no: other bits"
+
+
+@each
+def third_derivative(kind):
+    layer, x = layer_of(kind), sequence().requires_grad_()
+    value = layer(x)[0].square().sum()
+    for _ in range(3):
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        value = gradient.square().sum()
+
+
+@each
+def vmap_input(kind):
+    layer, x = layer_of(kind), torch.randn(3, STEPS, 2, 4)
+    found = torch.func.vmap(lambda x: layer(x)[0])(x)
+    right = torch.allclose(found[1], layer(x[1])[0], atol=1e-6)
+    return None if right else "no: another result"
+
+
+@each
+def batched_gradients(kind):
+    layer, x = layer_of(kind), sequence().requires_grad_()
+    output = layer(x)[0]
+    upstream = torch.randn(3, *output.shape)
+    torch.autograd.grad(output, x, upstream, is_grads_batched=True)
+
+
+@each
+def compiled_packed(kind):
+    torch._dynamo.reset()
+    packed = pack_padded_sequence(sequence(), [STEPS, 3])
+    torch.compile(layer_of(kind), fullgraph=True, backend="eager")(packed)
+
+
+@each
+def aot_inductor(kind):
+    exported = torch.export.export(layer_of(kind).eval(), (sequence(),))
+    with tempfile.TemporaryDirectory() as folder:
+        package = torch._inductor.aoti_compile_and_package(
+            exported, package_path=f"{folder}/layer.pt2"
+        )
+        torch._inductor.aoti_load_package(package)(sequence())
+
+
+@each
+def onnx_nodes(kind):
+    program = torch.onnx.export(layer_of(kind), (sequence(),), dynamo=True, verbose=False)
+    nodes = [node.op_type for node in program.model_proto.graph.node]
+    return None if kind in nodes else f"no: {len(nodes)} nodes for {STEPS} steps, none {kind}"
+
+
+@each
+def grad_scaler(kind):
+    layer, scaler = layer_of(kind), torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD(layer.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = layer(sequence())[0].float().sum()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+
+
+@each
+def deterministic_algorithms(kind):
+    torch.use_deterministic_algorithms(True)
+    try:
+        layer_of(kind)(sequence())[0].sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@each
+def tied(kind):
+    layer = layer_of(kind, bidirectional=True)
+    layer.weight_hh_l0_reverse = layer.weight_hh_l0
+    layer(sequence())[0].sum().backward()
+
+
+@each
+def weight_drop(kind):
+    layer = layer_of(kind)
+    raw = torch.nn.Parameter(layer.weight_hh_l0.detach())
+    del layer._parameters["weight_hh_l0"]
+    layer.weight_hh_l0 = raw * 2
+    layer(sequence())[0].sum().backward()
+    return None if raw.grad is not None else "no: it has no gradient"
+
+
+@each
+def averaged(kind):
+    model = torch.optim.swa_utils.AveragedModel(layer := layer_of(kind))
+    model.update_parameters(layer)
+    model(sequence())
+
+
+@each
+def skip_init(kind):
+    torch.nn.utils.skip_init(getattr(torch.nn, kind), 4, 3)(sequence())
+
+
+@each
+def weights_only(kind):
+    layer = layer_of(kind)
+    torch.save(layer, file := io.BytesIO())
+    file.seek(0)
+    with torch.serialization.safe_globals([type(layer)]):
+        torch.load(file, weights_only=True)
