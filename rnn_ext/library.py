@@ -12,7 +12,6 @@ csrc/ops/operators.cpp defines them; here they get fake kernels (shapes alone) a
 time and then the one backward. An operator's results alias nothing.
 """
 
-
 import torch
 
 from . import _C, transforms
