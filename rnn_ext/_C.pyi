@@ -51,6 +51,7 @@ def layer_backward(
     d_c_n: _Optional,
     d_cells: _Optional,
     wanted: _Wanted,
+    groups: int,
     backend: str,
     /,
 ) -> list[_Optional]: ...

@@ -12,7 +12,11 @@ csrc/ops/operators.cpp defines them; here they get fake kernels (shapes alone) a
 time and then the one backward. An operator's results alias nothing.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from . import _C, transforms
 
@@ -22,7 +26,14 @@ _operators = torch.ops.rnn_ext
 _DIRECTION, _SHOWN = 7, 4  # tensors that a direction takes, and gives
 
 
-def layer(cell, input, directions, batch_sizes, reverse, return_cells):
+def layer(
+    cell: str,
+    input: Tensor,
+    directions: Sequence[Sequence[Tensor | None]],
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    return_cells: bool,
+) -> list[tuple[Any, ...]]:
     """As ``ops.layer`` for each of ``directions``, through the operator."""
     tensors = [t for direction in directions for t in direction]
     results = _operators.layer(cell, input, tensors, batch_sizes, reverse, return_cells)
@@ -31,13 +42,21 @@ def layer(cell, input, directions, batch_sizes, reverse, return_cells):
     ]
 
 
-def quantized_layer(cell, input, h0, c0, weights, batch_sizes, reverse):
+def quantized_layer(
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(output, h_n, c_n) of a layer with the weights of ``QuantizedLayers``."""
     results = _operators.quantized_layer(cell, input, h0, c0, weights, batch_sizes, reverse)
-    return results if len(results) == 3 else (*results, None)
+    return tuple(results) if len(results) == 3 else (*results, None)
 
 
-def packing(lengths, steps):
+def packing(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(rows, batch_sizes, order, restore) that pack [T, B, ...] of these lengths, in any order.
 
     ``rows`` [N] are indices into the T * B rows, the rest is as in PackedSequence. ValueError for

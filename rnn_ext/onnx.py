@@ -6,7 +6,12 @@ GRU has both forms (``linear_before_reset``). https://onnx.ai/onnx/operators lis
 computes.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+
+__all__ = ["is_exporting", "layers"]
 
 _GATE_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru_reset_before": (1, 0, 2)}
 _ACTIVATIONS = {"rnn_tanh": "Tanh", "rnn_relu": "Relu", "rnn_sigmoid": "Sigmoid"}
@@ -14,7 +19,7 @@ _OPERATORS = {"lstm": "LSTM", "gru": "GRU", "gru_reset_before": "GRU"}
 _OPERATORS |= dict.fromkeys(_ACTIVATIONS, "RNN")
 
 
-def is_exporting():
+def is_exporting() -> bool:
     """Whether torch.onnx.export runs the model."""
     recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return recording and _in_onnx_export()
@@ -25,7 +30,18 @@ def _in_onnx_export():
     return torch.onnx.is_in_onnx_export()
 
 
-def layers(name, cell, x, states, weights, directions, hidden, *, lengths=None, dropout=0.0):
+def layers(
+    name: str,
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[tuple[Tensor | None, ...]],
+    directions: int,
+    hidden: int,
+    *,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, list[Tensor]]:
     """Layers over directions, a node for each layer.
 
     Args:

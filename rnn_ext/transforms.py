@@ -7,9 +7,11 @@ gradients are composed of torch operations, and so are forward-mode derivatives,
 computes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch._C import _functorch
 
 from . import _C, composite
 from .backend import current, warn_once
+
+__all__ = ["Call", "layer", "layer_backward", "watched", "watched_backward"]
 
 _STATES = 3  # input, h0, c0; what follows are weights
 _INPUTS = 8
@@ -46,15 +50,17 @@ class Call:
     wanted: tuple[bool, ...] = ()
     groups: tuple[int, ...] = ()
 
-    def spread(self, tensors):
+    def spread(self, tensors: Any) -> list[Any]:
         """The tensors in their places, None elsewhere."""
         return _spread(self.present, tensors)
 
-    def folded(self, size):
+    def folded(self, size: int) -> "Call":
+        """For ``size`` times the batch, whose entries get gradients of their own."""
         sizes = None if self.batch_sizes is None else self.batch_sizes * size
         return replace(self, batch_sizes=sizes, groups=(*self.groups, size))
 
-    def unfolded(self):
+    def unfolded(self) -> "Call":
+        """What the innermost `folded` was made of."""
         sizes = None if self.batch_sizes is None else self.batch_sizes // self.groups[-1]
         return replace(self, batch_sizes=sizes, groups=self.groups[:-1])
 
@@ -67,19 +73,25 @@ class _Results:
     isa: str
 
 
-def watched():
+def watched() -> bool:
     """Whether a transform of torch.func or a forward-mode derivative sees what runs now."""
     return (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
 
 
-def watched_backward(upstream):
+def watched_backward(upstream: Sequence[Tensor | None]) -> bool:
     """Whether gradients are to be differentiated again, or something else watches them."""
     return torch.is_grad_enabled() or watched() or _batched_by_autograd(upstream)
 
 
-def layer(cell, tensors, batch_sizes, reverse, return_cells):
+def layer(
+    cell: str,
+    tensors: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    return_cells: bool,
+) -> tuple[Any, ...]:
     """As ``ops.layer``, where something is `watched`."""
     backend, obstacle = current(), _obstacle()
     if backend != "reference":
@@ -89,7 +101,7 @@ def layer(cell, tensors, batch_sizes, reverse, return_cells):
             save = return_cells or torch.is_grad_enabled() or _Kind.Grad in _active()
             call = Call(cell, batch_sizes, reverse, backend, save, present=present)
             *results, kept = _Layer.apply(call, *given)
-            return _spread(kept.present, results)[:_SHOWN]
+            return tuple(_spread(kept.present, results)[:_SHOWN])
         if backend != "auto":
             raise RuntimeError(
                 f"rnn_ext: the backend {backend!r} cannot run this: {obstacle} no kernel; "
@@ -99,7 +111,13 @@ def layer(cell, tensors, batch_sizes, reverse, return_cells):
     return composite.layer(cell, *tensors, batch_sizes=batch_sizes, reverse=reverse)
 
 
-def layer_backward(call, tensors, saved, upstream, wanted):
+def layer_backward(
+    call: Call,
+    tensors: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
     """The gradients of ``tensors``, None for what is not wanted; differentiable again.
 
     ``saved`` are the forward kernel's states, cells, gates and middle, ``upstream`` the gradients
