@@ -12,7 +12,8 @@ from torch.utils.cpp_extension import load
 from rnn_ext import library, ops, transforms
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["csrc/ops/*.cpp", "csrc/cpu/plan.cpp", "csrc/cpu/scratch.cpp", "tests/emulated_*.cpp"]
+SOURCES = ["csrc/ops/*.cpp", "tests/emulated_*.cpp"]
+SOURCES += [f"csrc/cpu/{name}.cpp" for name in ("plan", "scratch", "team")]
 EMULATOR = ["asynchronous", "barriers", "launch", "matrices", "memory", "race_off", "scheduler"]
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas"]
