@@ -56,6 +56,8 @@ class Tape:
         tuple[int, ndarray, Any]
     ]  # (t, rows that took part, record of the step), in the order they were made
     input_size: int
+    cuts: ndarray  # bool [T, B]: no state is carried into row b's step t
+    restored: list[bool]  # of h and of c: what resets restore was given
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Gradients:
     b_ih: ndarray | None
     b_hh: ndarray | None
     w_hr: ndarray | None
+    reset_h: ndarray | None = None
+    reset_c: ndarray | None = None
 
 
 def forward(
@@ -99,6 +103,9 @@ def forward(
     batch_sizes: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
     reverse: bool = False,
+    resets: ArrayLike | None = None,
+    reset_h: ArrayLike | None = None,
+    reset_c: ArrayLike | None = None,
 ) -> Result:
     """Run one layer in one direction over a batch of sequences.
 
@@ -114,6 +121,10 @@ def forward(
         lengths: [B], 0..T, in any order: steps in each row of the padded x, whose rest is never
             read.
         reverse: from each row's last step to its first.
+        resets: bool [T, B], or [N] with batch_sizes; where it is True at step t, no state passes
+            between steps t - 1 and t.
+        reset_h, reset_c: [B, S] and [B, H], what the step that lacks it starts from, or None for
+            zeros.
 
     Raises:
         ValueError: an unknown cell, a wrong shape, or lengths or batch_sizes out of range.
@@ -136,12 +147,20 @@ def forward(
         raise ValueError(f"reference: {cell} has no cell state, c0 must be None")
     given = zip((h0, c0), sizes, ("h0", "c0"), strict=False)  # the LSTM alone has two
     state = [_filled(value, (batch, size), name) for value, size, name in given]
+    given = (reset_h, reset_c)[: len(sizes)]
+    restored = [
+        _filled(value, (batch, size), name)
+        for value, size, name in zip(given, sizes, ("reset_h", "reset_c"), strict=False)
+    ]
+    cuts = _cuts(resets, active, packed, reverse)
     trajectory = [np.zeros((steps, batch, size)) for size in sizes]
 
     tape = []
     for t in reversed(range(steps)) if reverse else range(steps):
         rows = np.flatnonzero(active[t])
-        record = spec.step(x[t, rows], *(s[rows] for s in state), weights)
+        cut = cuts[t, rows, None]
+        before = (np.where(cut, r[rows], s[rows]) for r, s in zip(restored, state, strict=True))
+        record = spec.step(x[t, rows], *before, weights)
         for s, states, new in zip(state, trajectory, record.state, strict=True):
             s[rows] = states[t, rows] = new
         tape.append((t, rows, record))
@@ -150,7 +169,9 @@ def forward(
         trajectory = [states[active] for states in trajectory]
     output, all_c = (*trajectory, None)[:2]
     h_n, c_n = (*state, None)[:2]
-    return Result(output, h_n, c_n, all_c, Tape(spec, weights, active, packed, tape, x.shape[-1]))
+    was_given = [value is not None for value in given]
+    all_steps = Tape(spec, weights, active, packed, tape, x.shape[-1], cuts, was_given)
+    return Result(output, h_n, c_n, all_c, all_steps)
 
 
 def backward(
@@ -179,19 +200,23 @@ def backward(
 
     dx = np.zeros((*tape.active.shape, tape.input_size))
     totals = [None if w is None else np.zeros_like(w) for w in tape.weights]
+    d_restored = [np.zeros_like(d) for d in d_state]
     for t, rows, record in reversed(tape.steps):
         reaching = (d[rows] + at[t, rows] for d, at in zip(d_state, d_trajectory, strict=True))
         step = tape.cell.step_backward(record, *reaching, tape.weights)
         dx[t, rows] = step.x
-        for d, before in zip(d_state, step.state, strict=True):
-            d[rows] = before
+        cut = tape.cuts[t, rows, None]
+        for d, d_reset, before in zip(d_state, d_restored, step.state, strict=True):
+            d[rows] = np.where(cut, 0, before)
+            d_reset[rows] += np.where(cut, before, 0)
         for total, term in zip(totals, step.weights, strict=True):
             if total is not None:
                 total += term
 
     dx = dx[tape.active] if tape.packed else dx
     dh0, dc0 = (*d_state, None)[:2]
-    return Gradients(dx, dh0, dc0, *totals)
+    d_restored = [d if given else None for d, given in zip(d_restored, tape.restored, strict=True)]
+    return Gradients(dx, dh0, dc0, *totals, *d_restored)
 
 
 def _active(x, batch_sizes, lengths):
@@ -213,6 +238,25 @@ def _active(x, batch_sizes, lengths):
     if lengths.shape != (batch,) or (lengths < 0).any() or (lengths > steps).any():
         raise ValueError(f"reference: lengths must be [B] = [{batch}], each from 0 to T = {steps}")
     return np.arange(steps)[:, None] < lengths
+
+
+def _cuts(resets, active, packed, reverse):
+    """bool [T, B]: is no state carried into row b's step t?"""
+    if resets is None:
+        return np.zeros_like(active)
+    resets = np.asarray(resets)
+    shape = (active.sum(),) if packed else active.shape
+    if resets.dtype != bool or resets.shape != shape:
+        raise ValueError(f"reference: resets must be bool {shape}, got {resets.shape}")
+    if packed:
+        given, resets = resets, np.zeros_like(active)
+        resets[active] = given
+    if not reverse:
+        return resets
+    # Walking back, what a reset at step t parts is met on entering step t - 1.
+    cuts = np.zeros_like(active)
+    cuts[:-1] = resets[1:] & active[1:]
+    return cuts
 
 
 def _unpack(packed, active):
