@@ -75,6 +75,7 @@ def layer(
     *,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
+    resets: Tensor | None = None,
     return_cells: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """One layer in one direction; arguments and results as of ``ops.layer``.
@@ -89,8 +90,15 @@ def layer(
         )
     projected = linear(input, w_ih, b_ih)
     steps = projected.unbind(0) if batch_sizes is None else projected.split(batch_sizes.tolist())
+    restored = None
+    if resets is not None:
+        cuts = resets.unsqueeze(-1)
+        cuts = cuts.unbind(0) if batch_sizes is None else cuts.split(batch_sizes.tolist())
+        h0, c0, restored = _split_states(h0, c0, steps[0].size(0))
+        # A reset parts step t from t - 1, so that the walk back meets it on entering t - 1.
+        restored = (cuts if not reverse else (None, *cuts[:0:-1]), *restored)
     outputs, cells, h_n, c_n = _over_time(
-        STEPS[cell], steps[::-1] if reverse else steps, h0, c0, (w_hh, b_hh, w_hr)
+        STEPS[cell], steps[::-1] if reverse else steps, h0, c0, (w_hh, b_hh, w_hr), restored
     )
     if reverse:
         outputs.reverse()
@@ -101,12 +109,24 @@ def layer(
     return tuple(None if result is None else result.to(dtype) for result in results)
 
 
-def _over_time(step, inputs, h0, c0, weights):
-    """Runs ``step`` over ``inputs``, each of which has as many rows as sequences are alive then."""
+def _split_states(h0, c0, batch):
+    """h0 and c0 without, and the pair of, what resets restore: their second half, or zeros."""
+    if h0.size(0) == batch:
+        return h0, c0, (h0.new_zeros(h0.shape), None if c0 is None else c0.new_zeros(c0.shape))
+    no_cells = None if c0 is None else c0[batch:]
+    return h0[:batch], None if c0 is None else c0[:batch], (h0[batch:], no_cells)
+
+
+def _over_time(step, inputs, h0, c0, weights, restored=None):
+    """Runs ``step`` over ``inputs``, each of which has as many rows as sequences are alive then.
+
+    ``restored``, if given: for each step which rows start afresh, as far as there are such rows (or
+    None), and the h and c that they start from.
+    """
     rows = inputs[0].size(0)
     h, c = h0[:rows], None if c0 is None else c0[:rows]
     outputs, cells, ended = [], [], []
-    for wx in inputs:
+    for i, wx in enumerate(inputs):
         before, rows = rows, wx.size(0)
         if rows < before:
             ended.append((h[rows:], None if c is None else c[rows:]))
@@ -114,6 +134,8 @@ def _over_time(step, inputs, h0, c0, weights):
         elif rows > before:  # backwards in time, longer sequences come first and shorter ones join
             h = torch.cat((h, h0[before:rows]))
             c = None if c is None else torch.cat((c, c0[before:rows]))
+        if restored is not None and restored[0][i] is not None:
+            h, c = _restored(restored[0][i], h, c, *restored[1:])
         h, c = step(wx, h, c, *weights)
         outputs.append(h)
         cells.append(c)
@@ -121,3 +143,14 @@ def _over_time(step, inputs, h0, c0, weights):
         h = torch.cat([h] + [part for part, _ in reversed(ended)])
         c = None if c is None else torch.cat([c] + [part for _, part in reversed(ended)])
     return outputs, cells, h, c
+
+
+def _restored(cut, h, c, restored_h, restored_c):
+    """The state that is carried into a step, of which the first rows may be cut."""
+    rows = cut.size(0)
+
+    def one(state, other):
+        new = torch.where(cut, other[:rows], state[:rows])
+        return new if rows == state.size(0) else torch.cat((new, state[rows:]))
+
+    return one(h, restored_h), None if c is None else one(c, restored_c)

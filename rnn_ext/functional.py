@@ -16,6 +16,12 @@ Shapes, with T steps, batch B, I input features, H hidden units, P projected uni
 sequences are alive at each step of a packed input. ``reverse`` walks from the last step to the
 first; ``output`` keeps the order of ``input``.
 
+``resets`` (bool [T, B], [B, T] with ``batch_first``, [N] with ``batch_sizes``) parts sequences:
+where it is True at step t, no state passes between steps t - 1 and t, in whichever direction the
+layer walks. The step that would have received it starts from zeros or, if given, from
+``initial_state`` (the form of ``hx``, batch B or 1), and no gradient crosses. ``hx`` serves the
+first step of the walk, unless that is step 0 and ``resets`` is True there.
+
 All raise ``TypeError`` for what is no tensor, ``ValueError`` for wrong dtypes, choices and batch
 sizes, and ``RuntimeError`` for wrong shapes and devices, in each case naming the argument.
 """
@@ -49,6 +55,8 @@ def rnn(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
+    resets: Tensor | None = None,
+    initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Simple recurrent network (Elman 1990): h_t = f(W x_t + b_ih + U h_{t-1} + b_hh).
 
@@ -60,9 +68,8 @@ def rnn(
             f"rnn: nonlinearity must be 'tanh', 'relu' or 'sigmoid', got {nonlinearity!r}"
         )
     weights = (w_ih, w_hh, b_ih, b_hh, None)
-    return _one_layer(
-        "rnn", f"rnn_{nonlinearity}", input, hx, weights, batch_sizes, reverse, batch_first
-    )[:2]
+    layout = batch_sizes, reverse, batch_first, resets, initial_state
+    return _one_layer("rnn", f"rnn_{nonlinearity}", input, hx, weights, *layout)[:2]
 
 
 def gru(
@@ -77,6 +84,8 @@ def gru(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
+    resets: Tensor | None = None,
+    initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated recurrent unit: r, z = s(W x_t + U h_{t-1} + b);  h_t = (1 - z) n + z h_{t-1}.
 
@@ -88,7 +97,8 @@ def gru(
     """
     weights = (w_ih, w_hh, b_ih, b_hh, None)
     cell = "gru" if reset_after else "gru_reset_before"
-    return _one_layer("gru", cell, input, hx, weights, batch_sizes, reverse, batch_first)[:2]
+    layout = batch_sizes, reverse, batch_first, resets, initial_state
+    return _one_layer("gru", cell, input, hx, weights, *layout)[:2]
 
 
 @overload
@@ -105,6 +115,8 @@ def lstm(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
+    resets: Tensor | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
 @overload
 def lstm(
@@ -120,6 +132,8 @@ def lstm(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
+    resets: Tensor | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]: ...
 def lstm(
     input: Tensor,
@@ -134,6 +148,8 @@ def lstm(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
+    resets: Tensor | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
 ) -> Any:
     """LSTM with forget gate (Gers et al. 2000), and projection if ``w_hr`` is given (Sak et al.
     2014).
@@ -146,17 +162,32 @@ def lstm(
     errors.
     """
     weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
+    layout = batch_sizes, reverse, batch_first, resets, initial_state
     output, h_n, c_n, cells = _one_layer(
-        "lstm", "lstm", input, hx, weights, batch_sizes, reverse, batch_first, return_cells
+        "lstm", "lstm", input, hx, weights, *layout, return_cells=return_cells
     )
     return (output, (h_n, c_n), cells) if return_cells else (output, (h_n, c_n))
 
 
 def _one_layer(
-    name, cell, input, hx, weights, batch_sizes, reverse, batch_first, return_cells=False
+    name,
+    cell,
+    input,
+    hx,
+    weights,
+    batch_sizes,
+    reverse,
+    batch_first,
+    resets,
+    initial_state,
+    *,
+    return_cells=False,
 ):
     states = _check(name, input, hx, weights, batch_sizes, batch_first)
+    restored = _check_resets(name, input, resets, initial_state, weights)
     x = input.transpose(0, 1) if batch_first else input
+    if batch_first and resets is not None:
+        resets = resets.transpose(0, 1)
     w_hh, w_hr = weights[1], weights[4]
     if states is None:
         batch = x.size(1) if batch_sizes is None else int(batch_sizes[0])
@@ -167,9 +198,11 @@ def _one_layer(
         h0, c0 = states[0], states[-1]
     if name != "lstm":
         c0 = None
+    if resets is not None:
+        h0, c0 = with_restored(h0, c0, restored, batch_sizes is not None)
 
     run = ops.layer
-    reason = uncovered(x, (h0, c0), [weights])
+    reason = uncovered(x, (h0, c0), [weights]) or no_restoring(x, restored)
     if reason is not None:
         run = composite.layer
         backend = current()
@@ -185,12 +218,32 @@ def _one_layer(
         [weights],
         batch_sizes=batch_sizes,
         reverse=reverse,
+        resets=resets,
         return_cells=return_cells,
         run=run,
     )
     if batch_first:
         output, cells = output.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
     return output, h_n, c_n, cells
+
+
+def with_restored(
+    h0: Tensor, c0: Tensor | None, restored: Sequence[Tensor] | None, packed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """h0 and c0 of a layer, each with what resets restore under it: ``restored``, [B or 1, size],
+    or zeros, which the kernels need not be told."""
+    states = [h0] if c0 is None else [h0, c0]
+    if restored is None:
+        if not (packed and torch.compiler.is_compiling()):
+            return h0, c0
+        restored = [torch.zeros_like(state) for state in states]
+    joined = [torch.cat((s, r.expand(s.shape))) for s, r in zip(states, restored)]
+    return joined[0], None if c0 is None else joined[1]
+
+
+def no_restoring(x: Tensor, restored: Sequence[Tensor] | None) -> str | None:
+    """Why no kernel restores a state that was given (a phrase), or None."""
+    return "an initial_state for resets has no CUDA kernel" if restored and x.is_cuda else None
 
 
 def stack(
@@ -204,6 +257,7 @@ def stack(
     dropout: float = 0.0,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
+    resets: Tensor | None = None,
     return_cells: bool = False,
     fused: bool = True,
     run: Callable[..., Any] | None = None,
@@ -212,9 +266,9 @@ def stack(
 
     ``h0``, ``c0`` (Nones but for the LSTM) and ``weights`` (w_ih, w_hh, b_ih, b_hh, w_hr) are lists
     with an entry for each layer and direction, directions innermost; ``x`` is [T, B, I], or [N, I]
-    with ``batch_sizes``. Returns ``output``, the lists of h_n and c_n, and with ``return_cells``
-    the last layer's cells. Under autocast the results have the dtypes that torch.nn gives them,
-    ``fused`` for the layers, not ``fused`` for the cells.
+    with ``batch_sizes``, ``resets`` [T, B] or [N]. Returns ``output``, the lists of h_n and c_n,
+    and with ``return_cells`` the last layer's cells. Under autocast the results have the dtypes
+    that torch.nn gives them, ``fused`` for the layers, not ``fused`` for the cells.
     """
     device = "cuda" if x.is_cuda else "cpu"
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -233,6 +287,7 @@ def stack(
                 dropout=dropout,
                 batch_sizes=batch_sizes,
                 reverse=reverse,
+                resets=resets,
                 return_cells=return_cells,
                 run=run,
             )
@@ -248,6 +303,7 @@ def stack(
             *weights[0],
             batch_sizes=batch_sizes,
             reverse=reverse,
+            resets=resets,
             return_cells=return_cells,
         )
         return x, [h_n], [c_n], cells
@@ -257,6 +313,7 @@ def stack(
             x = torch.dropout(x, dropout, True)
         options = {
             "batch_sizes": batch_sizes,
+            "resets": resets,
             "return_cells": return_cells and first + directions == len(weights),
         }
         group = [(h0[k], c0[k], *weights[k]) for k in range(first, first + directions)]
@@ -347,13 +404,54 @@ def _check(name, input, hx, weights, batch_sizes, batch_first):
     return states
 
 
-def _states(name, hx):
+def check_resets(name: str, resets: object, shape: Sequence[int], device: torch.device) -> None:
+    """Raises unless ``resets`` is a bool tensor of this shape on this device."""
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"{name}: resets must be a bool tensor, got {type(resets).__name__}")
+    if resets.dtype != torch.bool:
+        raise ValueError(
+            f"{name}: resets must have dtype torch.bool, got {resets.dtype}; give resets.bool()"
+        )
+    if resets.shape != torch.Size(shape):
+        raise ValueError(
+            f"{name}: resets must have shape {list(shape)}, as the steps of input, "
+            f"got {list(resets.shape)}"
+        )
+    if resets.device != device:
+        raise RuntimeError(
+            f"{name}: resets is on {resets.device} but input on {device}; move one of them"
+        )
+
+
+def _check_resets(name, input, resets, initial_state, weights):
+    """Raises unless these fit ``input``; returns ``initial_state`` as a tuple, or None."""
+    if resets is not None:
+        check_resets(name, resets, input.shape[:-1], input.device)
+    elif initial_state is not None:
+        raise ValueError(f"{name}: initial_state is what resets restore; give resets, or hx")
+    restored = _states(name, initial_state, "initial_state")
+    hidden = weights[0].size(0) // gates(name)
+    sizes = weights[1].size(1), hidden
+    for i, state in enumerate(restored or ()):
+        key = "initial_state" if name != "lstm" else f"initial_state[{i}]"
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{name}: {key} must be a tensor, got {type(state).__name__}")
+        if state.dim() != 2 or state.size(1) != sizes[i]:
+            raise RuntimeError(
+                f"{name}: {key} must have shape [B or 1, {sizes[i]}], got {list(state.shape)}"
+            )
+    return restored
+
+
+def _states(name, hx, argument="hx"):
     if hx is None:
         return None
     if name != "lstm":
         return (hx,)
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-        raise TypeError(f"lstm: hx must be a pair (h_0, c_0) of tensors, got {type(hx).__name__}")
+        raise TypeError(
+            f"lstm: {argument} must be a pair (h_0, c_0) of tensors, got {type(hx).__name__}"
+        )
     return tuple(hx)
 
 

@@ -1,5 +1,6 @@
 """What `RNN`, `LSTM` and `GRU` share: from what users pass in to the stack of layers, and back."""
 
+from types import NoneType
 from typing import Any
 
 import torch
@@ -29,7 +30,15 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             for names in self._all_weights:
                 recurrent_(getattr(self, names[1]), self.hidden_size, self.recurrent_init)
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Any = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Any = None,
+        resets: Any = None,
+        initial_state: Any = None,
+    ) -> Any:
         """Runs the layers over a sequence.
 
         Args:
@@ -40,6 +49,13 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             lengths: [B] integers in 1..T, tensor or list, in any order. Steps past a sequence's
                 length are left out: ``output`` is zero there and h_n the state after the last real
                 step.
+            resets: bool [T, B], laid out like ``input`` without features ([N] in the order of
+                ``data`` of a PackedSequence). True at step t begins a new episode there: no state
+                passes between steps t - 1 and t, forward or backward in time, and no gradient. Step
+                t starts from ``initial_state`` instead, and so does step t - 1 in the reverse
+                direction. ``hx`` begins a sequence, unless ``resets`` is True at step 0.
+            initial_state: where episodes start, in the form of ``hx``, with a batch of B or 1; it
+                gets a gradient. None: zeros.
 
         Returns:
             ``(output, h_n)``: ``output`` laid out like ``input`` with directions * hidden_size
@@ -47,37 +63,43 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
 
         Raises:
             ValueError, RuntimeError: as torch.nn does, for rank, sizes, dtypes and devices;
-                ValueError for ``lengths`` that do not fit.
+                ValueError for ``lengths``, ``resets`` or ``initial_state`` that do not fit,
+                TypeError for ``resets`` that are no tensor.
         """
-        return self._shown(self._run(input, hx, lengths))
+        return self._shown(self._run(input, hx, lengths, False, resets, initial_state))
 
     def _shown(self, results, return_cells=False):
         """What `forward` returns of `_run`'s results, which torch.fx may have left in one node."""
         return results[:2] if isinstance(results, tuple) and not return_cells else results
 
-    def _run(self, input, hx, lengths=None, return_cells=False):
+    def _run(self, input, hx, lengths=None, return_cells=False, resets=None, initial_state=None):
         """(output, state, cells) of `forward`."""
         if lengths is None and not return_cells and type(input) is Tensor and is_plain_call():
-            results = self._run_plain(input, hx)
+            results = self._run_plain(input, hx, resets, initial_state)
             if results is not None:
                 return results
         options = {} if return_cells is False else {"return_cells": return_cells}
-        node = self._as_leaf(input, hx=hx, lengths=lengths, **options)
+        given = {"lengths": lengths, "resets": resets, "initial_state": initial_state}
+        node = self._as_leaf(input, hx=hx, **given, **options)
         if node is not None:
             return node
         if onnx.is_exporting():
-            results = self._run_in_onnx(input, hx, lengths, return_cells)
+            results = self._run_in_onnx(input, hx, lengths, return_cells, resets)
             if results is not None:
                 return results
         if lengths is not None:
-            return self._run_with_lengths(input, hx, lengths, return_cells)
+            return self._run_with_lengths(input, hx, lengths, return_cells, resets, initial_state)
         extra = self._extra or ("return_cells=True" if return_cells else None)
+        if resets is not None:
+            extra = extra or "resets"
         arranged = self._arrange(input, hx)
         if arranged is None:
             return *self._run_twin(input, hx, extra=extra), None
         x, batch_sizes, batch, states = arranged
+        restored = self._checked_restored(input, batch, resets, initial_state)
         weights = self._weights()
-        reason, run = uncovered(x, states, weights), None
+        reason = uncovered(x, (*states, *(restored or ())), weights)
+        reason, run = reason or functional.no_restoring(x, restored), None
         if reason is not None:
             if not self._must_compose(reason, extra):
                 return *self._run_twin(input, hx, reason), None
@@ -86,6 +108,12 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             run = composite.layer
 
         h0, c0 = self._initial(x, batch, states)
+        if resets is not None:
+            resets = self._steps_first(input, resets)
+            each = zip(*(r.unbind(0) for r in restored)) if restored else [None] * len(h0)
+            packed = batch_sizes is not None
+            pairs = [functional.with_restored(*state, packed) for state in zip(h0, c0, each)]
+            h0, c0 = zip(*pairs)
         output, h_n, c_n, cells = functional.stack(
             self._cell,
             x,
@@ -95,6 +123,7 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             2 if self.bidirectional else 1,
             dropout=self.dropout if self.training else 0.0,
             batch_sizes=batch_sizes,
+            resets=resets,
             return_cells=return_cells,
             run=run,
         )
@@ -109,10 +138,11 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             self._like(input, cells) if return_cells else None,
         )
 
-    def _run_plain(self, input, hx):
+    def _run_plain(self, input, hx, resets, initial_state):
         """As `_run`, in one call of C++; None if the CPU kernels do not serve all of it."""
         states = () if hx is None else self._states(hx)
-        if states is None:
+        restored = () if initial_state is None else self._states(initial_state)
+        if states is None or restored is None or not isinstance(resets, (Tensor, NoneType)):
             return None
         parameters = self._parameters
         try:
@@ -122,14 +152,14 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         results = _C.run_stack(
             self._cell, input, states, weights, directions, bool(self.bias), self.proj_size > 0,
-            self.batch_first, self.dropout if self.training else 0.0,
+            self.batch_first, self.dropout if self.training else 0.0, resets, restored,
         )  # fmt: skip
         if results is None:
             return None
         output, h_n, c_n = results
         return output, h_n if c_n is None else (h_n, c_n), None
 
-    def _run_in_onnx(self, input, hx, lengths, return_cells):
+    def _run_in_onnx(self, input, hx, lengths, return_cells, resets):
         """As `_run`, as nodes of ONNX; None for what torch.nn is to judge or to export."""
         arranged = self._arrange(input, hx)
         if arranged is None or isinstance(input, PackedSequence):
@@ -138,6 +168,10 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             raise RuntimeError(
                 f"{self._get_name()}: ONNX's LSTM does not give every cell state; export without "
                 "return_cells"
+            )
+        if resets is not None:
+            raise RuntimeError(
+                f"{self._get_name()}: ONNX's layers know no resets; export one episode at a time"
             )
         if lengths is not None:
             lengths = self._checked_lengths(input, lengths)
@@ -213,6 +247,48 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             return zeros, no_cells
         return [x.new_zeros(batch, self.proj_size)] * count if self.proj_size else zeros, zeros
 
+    def _checked_restored(self, input, batch, resets, initial_state):
+        """``initial_state`` as a tuple of [layers and directions, B or 1, size] in the order of the
+        batch that runs, or None; raises unless it and ``resets`` fit."""
+        name = self._get_name()
+        packed = isinstance(input, PackedSequence)
+        if resets is not None:
+            x = input.data if packed else input
+            functional.check_resets(name, resets, x.shape[:-1], x.device)
+        if initial_state is None:
+            return None
+        if resets is None:
+            raise ValueError(f"{name}: initial_state is what resets restore; give resets, or hx")
+        states = self._states(initial_state)
+        if states is None:
+            form = "a pair (h, c) of tensors" if self._cell == "lstm" else "a tensor"
+            raise TypeError(
+                f"{name}: initial_state must be {form}, got {type(initial_state).__name__}"
+            )
+        rows = len(self._all_weights)
+        order = input.sorted_indices if packed else None
+        restored = []
+        for state, width in zip(states, (self.proj_size or self.hidden_size, self.hidden_size)):
+            if not packed and input.dim() == 2 and state.dim() == 2:
+                state = state.unsqueeze(1)
+            if state.shape != (rows, batch, width) and state.shape != (rows, 1, width):
+                raise ValueError(
+                    f"{name}: initial_state must have shape [{rows}, {batch} or 1, {width}], "
+                    f"got {list(state.shape)}"
+                )
+            if order is not None and state.size(1) > 1:
+                state = state.index_select(1, order)
+            restored.append(state)
+        return restored
+
+    def _steps_first(self, input, resets):
+        """``resets`` [T, B], or [N] of packed input."""
+        if isinstance(input, PackedSequence):
+            return resets
+        if input.dim() == 2:
+            return resets.unsqueeze(1)
+        return resets.transpose(0, 1) if self.batch_first else resets
+
     def _weights(self):
         """(w_ih, w_hh, b_ih, b_hh, w_hr) of each layer and direction, None for what there is not.
 
@@ -243,7 +319,7 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             return joined if restore is None else joined.index_select(1, restore)
         return joined.squeeze(1) if input.dim() == 2 else joined
 
-    def _run_with_lengths(self, input, hx, lengths, return_cells):
+    def _run_with_lengths(self, input, hx, lengths, return_cells, resets, initial_state):
         name = self._get_name()
         if isinstance(input, PackedSequence):
             raise ValueError(
@@ -251,6 +327,8 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             )
         if self._arrange(input, hx) is None:
             return self._run(input, hx)
+        if resets is not None:
+            functional.check_resets(name, resets, input.shape[:-1], input.device)
         if isinstance(lengths, Tensor) and torch._C._functorch.is_batchedtensor(lengths):
             raise ValueError(
                 f"{name}: lengths must be the same for every entry of torch.func.vmap; run over "
@@ -258,35 +336,44 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             )
         lengths = self._checked_lengths(input, torch.as_tensor(lengths, device="cpu"))
         if torch.compiler.is_compiling():
-            return self._run_gathered(input, hx, lengths, return_cells)
+            return self._run_gathered(input, hx, lengths, return_cells, resets, initial_state)
         self._update_flat_weights()
         self.check_input(input, None)
         batch, steps = input.shape[:2] if self.batch_first else input.shape[1::-1]
         if batch == 0 or lengths.min() == steps == lengths.max():
-            return self._run(input, hx, None, return_cells)
+            return self._run(input, hx, None, return_cells, resets, initial_state)
         if lengths.min() < 1 or lengths.max() > steps:
             raise ValueError(
                 f"{name}: lengths must be between 1 and the {steps} steps of input, "
                 f"got {lengths.min()}..{lengths.max()}"
             )
         if torch._C._are_functorch_transforms_active():
-            return self._run_gathered(input, hx, lengths, return_cells)
-        packed = pack_padded_sequence(input, lengths, self.batch_first, enforce_sorted=False)
-        output, state, cells = self._run(packed, hx, None, return_cells)
+            return self._run_gathered(input, hx, lengths, return_cells, resets, initial_state)
+
+        def packed(padded):
+            return pack_padded_sequence(padded, lengths, self.batch_first, enforce_sorted=False)
+
+        if resets is not None:
+            resets = packed(resets).data
+        output, state, cells = self._run(
+            packed(input), hx, None, return_cells, resets, initial_state
+        )
         output, cells = (
             None if part is None else pad_packed_sequence(part, self.batch_first, 0.0, steps)[0]
             for part in (output, cells)
         )
         return output, state, cells
 
-    def _run_gathered(self, input, hx, lengths, return_cells):
+    def _run_gathered(self, input, hx, lengths, return_cells, resets, initial_state):
         """As `_run_with_lengths`, of operations that torch.compile traces and vmap takes."""
         x = input.transpose(0, 1) if self.batch_first else input
         steps, batch = x.shape[:2]
         rows, batch_sizes, *orders = library.packing(lengths, steps)
         rows, order, restore = (t.to(x.device) for t in (rows, *orders))
         packed = PackedSequence(x.flatten(0, 1).index_select(0, rows), batch_sizes, order, restore)
-        output, state, cells = self._run(packed, hx, None, return_cells)
+        if resets is not None:
+            resets = self._steps_first(input, resets).flatten().index_select(0, rows)
+        output, state, cells = self._run(packed, hx, None, return_cells, resets, initial_state)
 
         def padded(part):
             data = part.data

@@ -33,10 +33,11 @@ def layer(
     batch_sizes: Tensor | None,
     reverse: bool,
     return_cells: bool,
+    resets: Tensor | None = None,
 ) -> list[tuple[Any, ...]]:
     """As ``ops.layer`` for each of ``directions``, through the operator."""
     tensors = [t for direction in directions for t in direction]
-    results = _operators.layer(cell, input, tensors, batch_sizes, reverse, return_cells)
+    results = _operators.layer(cell, input, tensors, batch_sizes, reverse, return_cells, resets)
     return [
         (*shown, *(None,) * (_SHOWN - len(shown))) for shown in _split(results, len(directions))
     ]
@@ -84,19 +85,26 @@ def _multiplies(tensor):
     return _on_cuda(tensor) or not narrow
 
 
-def _layer_fake(cell, input, tensors, batch_sizes, reverse, return_cells):
+def _batch(input, h0, batch_sizes, resets):
+    """Sequences in a call; with resets, h0 has two rows for each where it must say so."""
+    if batch_sizes is None:
+        return input.shape[1]
+    return h0.shape[0] if resets is None else h0.shape[0] // 2
+
+
+def _layer_fake(cell, input, tensors, batch_sizes, reverse, return_cells, resets=None):
     results, lstm = [], cell == "lstm"
     for h0, c0, _, w_hh, *_ in _by_direction(tensors):
-        shape = input.shape[:-1]
-        results += [input.new_empty(*shape, h0.shape[1]), input.new_empty(h0.shape)]
+        shape, batch = input.shape[:-1], _batch(input, h0, batch_sizes, resets)
+        results += [input.new_empty(*shape, h0.shape[1]), input.new_empty(batch, h0.shape[1])]
         if lstm:
-            results.append(input.new_empty(c0.shape))
+            results.append(input.new_empty(batch, c0.shape[1]))
         if lstm and return_cells:
             results.append(input.new_empty(*shape, w_hh.shape[0] // 4))
     return results
 
 
-def _layer_forward_fake(cell, input, tensors, batch_sizes, reverse):
+def _layer_forward_fake(cell, input, tensors, batch_sizes, reverse, resets=None):
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     wider = compute != input.dtype
     # What only the kernels read is as wide as what they compute with on the CPU, not on CUDA; what
@@ -112,8 +120,9 @@ def _layer_forward_fake(cell, input, tensors, batch_sizes, reverse):
         return input.new_empty(shape, dtype=dtype) if there else input.new_empty(0)
 
     results = []
-    for h0, c0, w_ih, _, _, _, w_hr in _by_direction(tensors):
+    for h0, _, w_ih, _, _, _, w_hr in _by_direction(tensors):
         output_size, hidden = h0.shape[1], w_ih.shape[0] // gates
+        batch = _batch(input, h0, batch_sizes, resets)
         if _on_cuda(input):
             width = gates * hidden if gates > 1 else 0
         else:
@@ -121,8 +130,8 @@ def _layer_forward_fake(cell, input, tensors, batch_sizes, reverse):
         middle = cell.startswith("gru") or w_hr is not None
         results += [
             empty(*leading, output_size),
-            empty(*h0.shape),
-            empty(*c0.shape) if lstm else empty(0),
+            empty(batch, output_size),
+            empty(batch, hidden) if lstm else empty(0),
             empty(*leading, hidden, there=lstm),
             empty(*leading, output_size, dtype=multiplied, there=multiplied != input.dtype),
             empty(*leading, hidden, dtype=compute, there=wider and lstm),
@@ -132,7 +141,9 @@ def _layer_forward_fake(cell, input, tensors, batch_sizes, reverse):
     return results
 
 
-def _layer_backward_fake(cell, input, tensors, batch_sizes, reverse, kept, upstream, wanted):
+def _layer_backward_fake(
+    cell, input, tensors, batch_sizes, reverse, kept, upstream, wanted, resets=None
+):
     inputs = [t for direction in _by_direction(tensors) for t in (input, *direction)]
     return [input.new_empty(t.shape) for t, w in zip(inputs, wanted) if w and t is not None]
 
@@ -159,9 +170,9 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, *arguments):
-        *tensors, batch_sizes, operators, cell, reverse, return_cells = arguments
+        *tensors, batch_sizes, resets, operators, cell, reverse, return_cells = arguments
         with torch._C._AutoDispatchBelowAutograd():
-            results = operators.layer_forward(cell, input, tensors, batch_sizes, reverse)
+            results = operators.layer_forward(cell, input, tensors, batch_sizes, reverse, resets)
         ctx.set_materialize_grads(False)
         ctx.options = operators, cell, reverse
         shown, kept = [], []
@@ -170,15 +181,15 @@ class _Layer(torch.autograd.Function):
             if cell == "lstm":
                 shown += [c_n, cells] if return_cells else [c_n]
             kept += [output, cells, *saved]
-        ctx.save_for_backward(input, *tensors, batch_sizes, *kept)
+        ctx.save_for_backward(input, *tensors, batch_sizes, resets, *kept)
         return tuple(shown)
 
     @staticmethod
     def backward(ctx, *upstream):
         operators, cell, reverse = ctx.options
-        count = len(ctx.needs_input_grad) - 6  # without input and the five options
+        count = len(ctx.needs_input_grad) - 7  # without input and the six options
         input, *saved = ctx.saved_tensors
-        tensors, batch_sizes, kept = saved[:count], saved[count], saved[count + 1 :]
+        tensors, (batch_sizes, resets, *kept) = saved[:count], saved[count:]
         groups = _by_direction(tensors)
         needed = _by_direction(ctx.needs_input_grad[1 : 1 + count])
         wanted = [(ctx.needs_input_grad[0], *n) for n in needed]
@@ -187,7 +198,7 @@ class _Layer(torch.autograd.Function):
             isa = "cuda" if _on_cuda(input) else _C.cpu_isa()
             gradients = [
                 transforms.layer_backward(
-                    transforms.Call(cell, batch_sizes, way, "auto", isa=isa),
+                    transforms.Call(cell, batch_sizes, way, "auto", resets, isa=isa),
                     (input, *group),
                     _saved(*rest[0]),
                     *rest[1:],
@@ -202,14 +213,16 @@ class _Layer(torch.autograd.Function):
                 [w for group in wanted for w in group],
             )
             found = iter(
-                operators.layer_backward(cell, input, tensors, batch_sizes, reverse, kept, *joined)
+                operators.layer_backward(
+                    cell, input, tensors, batch_sizes, reverse, kept, *joined, resets
+                )
             )
             gradients = [[next(found) if w else None for w in group] for group in wanted]
         d_input = [d[0] for d in gradients if d[0] is not None]
         return (
             sum(d_input[1:], d_input[0]) if d_input else None,
             *(g for group in gradients for g in group[1:]),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -226,13 +239,13 @@ def _register(namespace):
     }.items():
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 
-    def layer(keyset, cell, input, tensors, batch_sizes, reverse, return_cells):
+    def layer(keyset, cell, input, tensors, batch_sizes, reverse, return_cells, resets=None):
         given = (input, *tensors)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
             options = operators, cell, reverse, return_cells
-            return list(_Layer.apply(input, *tensors, batch_sizes, *options))
+            return list(_Layer.apply(input, *tensors, batch_sizes, resets, *options))
         with torch._C._AutoDispatchBelowAutograd():
-            return operators.layer(cell, input, tensors, batch_sizes, reverse, return_cells)
+            return operators.layer(cell, input, tensors, batch_sizes, reverse, return_cells, resets)
 
     library.impl("layer", layer, "Autograd", with_keyset=True)
     return library

@@ -141,11 +141,21 @@ class LSTM(RecurrentLayers):
         text = super().extra_repr()
         return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"
 
-    def forward(self, input, hx=None, *, lengths=None, return_cells=False):
+    def forward(
+        self,
+        input,
+        hx=None,
+        *,
+        lengths=None,
+        resets=None,
+        initial_state=None,
+        return_cells=False,
+    ):
         """Runs the layers over a sequence.
 
         Args:
-            input, lengths: as of `RecurrentLayers.forward`.
+            input, lengths, resets: as of `RecurrentLayers.forward`.
+            initial_state: where episodes start, a pair in the form of ``hx``, its batch B or 1.
             hx: the pair ``(h_0, c_0)``, [num_layers * directions, B, proj_size or hidden_size] and
                 [num_layers * directions, B, hidden_size] (no B if there is no batch). None: zeros.
             return_cells: add a third result, every c_t of the last layer laid out like ``output``
@@ -157,7 +167,8 @@ class LSTM(RecurrentLayers):
         Raises:
             ValueError, RuntimeError: as `RecurrentLayers.forward`.
         """
-        return self._shown(self._run(input, hx, lengths, return_cells), return_cells)
+        results = self._run(input, hx, lengths, return_cells, resets, initial_state)
+        return self._shown(results, return_cells)
 
 
 class GRU(_WithoutProjection):

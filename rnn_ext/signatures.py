@@ -19,11 +19,23 @@ class LayerCall(Protocol):
 
     @overload
     def __call__(
-        self, input: Tensor, hx: Tensor | None = None, *, lengths: Lengths = None
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths = None,
+        resets: Tensor | None = None,
+        initial_state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def __call__(
-        self, input: PackedSequence, hx: Tensor | None = None, *, lengths: None = None
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: None = None,
+        resets: Tensor | None = None,
+        initial_state: Tensor | None = None,
     ) -> tuple[PackedSequence, Tensor]: ...
 
 
@@ -37,6 +49,8 @@ class LSTMCall(Protocol):
         hx: Pair | None = None,
         *,
         lengths: Lengths = None,
+        resets: Tensor | None = None,
+        initial_state: Pair | None = None,
         return_cells: Literal[False] = False,
     ) -> tuple[Tensor, Pair]: ...
     @overload
@@ -46,6 +60,8 @@ class LSTMCall(Protocol):
         hx: Pair | None = None,
         *,
         lengths: Lengths = None,
+        resets: Tensor | None = None,
+        initial_state: Pair | None = None,
         return_cells: Literal[True],
     ) -> tuple[Tensor, Pair, Tensor]: ...
     @overload
@@ -55,6 +71,8 @@ class LSTMCall(Protocol):
         hx: Pair | None = None,
         *,
         lengths: None = None,
+        resets: Tensor | None = None,
+        initial_state: Pair | None = None,
         return_cells: Literal[False] = False,
     ) -> tuple[PackedSequence, Pair]: ...
     @overload
@@ -64,6 +82,8 @@ class LSTMCall(Protocol):
         hx: Pair | None = None,
         *,
         lengths: None = None,
+        resets: Tensor | None = None,
+        initial_state: Pair | None = None,
         return_cells: Literal[True],
     ) -> tuple[PackedSequence, Pair, PackedSequence]: ...
 

@@ -44,6 +44,7 @@ class Call:
     batch_sizes: Tensor | None
     reverse: bool
     backend: str
+    resets: Tensor | None = None
     save: bool = True
     isa: str = ""
     present: tuple[bool, ...] = ()
@@ -57,12 +58,14 @@ class Call:
     def folded(self, size: int) -> "Call":
         """For ``size`` times the batch, whose entries get gradients of their own."""
         sizes = None if self.batch_sizes is None else self.batch_sizes * size
-        return replace(self, batch_sizes=sizes, groups=(*self.groups, size))
+        resets = None if self.resets is None else self.resets.repeat_interleave(size, -1)
+        return replace(self, batch_sizes=sizes, resets=resets, groups=(*self.groups, size))
 
     def unfolded(self) -> "Call":
         """What the innermost `folded` was made of."""
         sizes = None if self.batch_sizes is None else self.batch_sizes // self.groups[-1]
-        return replace(self, batch_sizes=sizes, groups=self.groups[:-1])
+        resets = None if self.resets is None else self.resets[..., :: self.groups[-1]]
+        return replace(self, batch_sizes=sizes, resets=resets, groups=self.groups[:-1])
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,21 @@ def layer(
     batch_sizes: Tensor | None,
     reverse: bool,
     return_cells: bool,
+    resets: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """As ``ops.layer``, where something is `watched`."""
     backend, obstacle = current(), _obstacle()
+    if resets is not None and obstacle is None:
+        if _functorch.is_batchedtensor(resets):
+            obstacle = "resets that differ between the entries of torch.func.vmap have"
+        else:
+            resets = resets.clone()  # the backward pass is not told of a change
     if backend != "reference":
         if obstacle is None:
             backend = backend if tensors[0].is_cuda else "auto"
             present, given = _present(tensors)
             save = return_cells or torch.is_grad_enabled() or _Kind.Grad in _active()
-            call = Call(cell, batch_sizes, reverse, backend, save, present=present)
+            call = Call(cell, batch_sizes, reverse, backend, resets, save, present=present)
             *results, kept = _Layer.apply(call, *given)
             return tuple(_spread(kept.present, results)[:_SHOWN])
         if backend != "auto":
@@ -108,7 +117,7 @@ def layer(
                 "use 'auto'"
             )
         _warn_composed(obstacle)
-    return composite.layer(cell, *tensors, batch_sizes=batch_sizes, reverse=reverse)
+    return composite.layer(cell, *tensors, batch_sizes=batch_sizes, reverse=reverse, resets=resets)
 
 
 def layer_backward(
@@ -199,6 +208,7 @@ class _Layer(torch.autograd.Function):
             *call.spread(tensors),
             call.batch_sizes,
             call.reverse,
+            call.resets,
             call.save,
             call.backend,
         )
@@ -264,6 +274,7 @@ class _LayerBackward(torch.autograd.Function):
             *tensors[:_INPUTS],
             call.batch_sizes,
             call.reverse,
+            call.resets,
             *tensors[_INPUTS:saved],
             call.isa,
             *tensors[saved:],
@@ -325,7 +336,11 @@ def _composed_gradients(call, tensors, upstream):
 
     def results(*tensors):
         all_results = composite.layer(
-            call.cell, *tensors, batch_sizes=call.batch_sizes, reverse=call.reverse
+            call.cell,
+            *tensors,
+            batch_sizes=call.batch_sizes,
+            reverse=call.reverse,
+            resets=call.resets,
         )
         return tuple(r for r, p in zip(all_results, present) if p)
 

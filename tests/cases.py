@@ -1,6 +1,6 @@
 """The cells and shapes that tests run over, and one way to run a layer on each side."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,7 @@ SHAPES = (
 )
 NAMES = ("input", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 RESULTS = ("output", "h_n", "c_n", "cells")
+REFERENCE_GRADIENTS = ("x", *NAMES[1:], "reset_h", "reset_c")
 
 
 @dataclass
@@ -34,14 +35,17 @@ class Case:
     batch_sizes: torch.Tensor | None
     reverse: bool
     upstream: list
+    resets: torch.Tensor | None = None  # h0 and c0 may then have what they restore below them
+
+    def options(self):
+        given = {"batch_sizes": self.batch_sizes, "reverse": self.reverse}
+        return given if self.resets is None else {**given, "resets": self.resets}
 
     def to(self, dtype):
         def convert(tensors):
             return [None if t is None else t.to(dtype) for t in tensors]
 
-        return Case(
-            self.cell, convert(self.tensors), self.batch_sizes, self.reverse, convert(self.upstream)
-        )
+        return replace(self, tensors=convert(self.tensors), upstream=convert(self.upstream))
 
 
 def make_case(cell, shape, *, bias=True, ragged=False, reverse=False, seed=0):
@@ -79,10 +83,21 @@ def make_case(cell, shape, *, bias=True, ragged=False, reverse=False, seed=0):
     return Case(cell, tensors, batch_sizes, reverse, upstream)
 
 
+def with_resets(case, *, restored, chance=0.4, seed=1):
+    """The case with resets, to a random state or to zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    resets = torch.rand(case.tensors[0].shape[:-1], generator=generator) < chance
+    tensors = list(case.tensors)
+    for i in (1, 2) if restored else ():
+        if tensors[i] is not None:
+            tensors[i] = torch.cat((tensors[i], tensors[i].flip(0) * 0.75 + 0.125))
+    return replace(case, tensors=tensors, resets=resets)
+
+
 def run(layer, case):
     """Results and gradients of ``layer`` (``ops.layer`` or ``composite.layer``), dicts by name."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case.tensors]
-    results = layer(case.cell, *leaves, batch_sizes=case.batch_sizes, reverse=case.reverse)
+    results = layer(case.cell, *leaves, **case.options())
     pairs = [(r, d) for r, d in zip(results, case.upstream) if d is not None]
     torch.autograd.backward([r for r, _ in pairs], [d for _, d in pairs])
     results = {n: r.detach() for n, r in zip(RESULTS, results) if r is not None}
@@ -97,7 +112,7 @@ def run_torch(case):
     """torch.nn's own kernels, or for what torch.nn lacks, the same arithmetic by ``composite``."""
     kind, hidden = TORCH.get(case.cell), case.tensors[3].size(0) // GATES.get(case.cell, 1)
     # torch.nn projects to fewer units only.
-    if kind is None or (case.tensors[7] is not None and hidden == 1):
+    if kind is None or case.resets is not None or (case.tensors[7] is not None and hidden == 1):
         return run(composite.layer, case)
 
     def layer(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
@@ -126,9 +141,7 @@ def run_torch(case):
         return (output, h[-1], None) if c0 is None else (output, h[0][-1], h[1][-1])
 
     def without_cells(case):
-        return Case(
-            case.cell, case.tensors, case.batch_sizes, case.reverse, [*case.upstream[:3], None]
-        )
+        return replace(case, upstream=[*case.upstream[:3], None])
 
     if case.cell != "lstm":
         return run(_positional(layer), case)
@@ -150,9 +163,15 @@ def run_reference(case):
     arrays = [None if t is None else t.double().numpy() for t in case.tensors]
     x, h0, c0, *weights = arrays
     sizes = None if case.batch_sizes is None else case.batch_sizes.numpy()
-    result = reference.forward(
-        case.cell, x, h0, c0, weights, batch_sizes=sizes, reverse=case.reverse
-    )
+    options = {"batch_sizes": sizes, "reverse": case.reverse}
+    batch = x.shape[1] if sizes is None else sizes[0]
+    restored = len(h0) != batch
+    if case.resets is not None:
+        options["resets"] = case.resets.numpy()
+        if restored:
+            halves = [(None, None) if s is None else (s[:batch], s[batch:]) for s in (h0, c0)]
+            (h0, options["reset_h"]), (c0, options["reset_c"]) = halves
+    result = reference.forward(case.cell, x, h0, c0, weights, **options)
     gradients = reference.backward(
         result, *(None if d is None else d.double().numpy() for d in case.upstream)
     )
@@ -161,7 +180,12 @@ def run_reference(case):
         values = {n: getattr(record, k) for n, k in zip(names, keys)}
         return {n: torch.as_tensor(v) for n, v in values.items() if v is not None}
 
-    return tensors(result, RESULTS, RESULTS), tensors(gradients, NAMES, ("x", *NAMES[1:]))
+    gradients = tensors(gradients, (*NAMES, "reset_h", "reset_c"), REFERENCE_GRADIENTS)
+    for name in ("h", "c"):
+        if f"reset_{name}" in gradients:
+            halves = gradients[f"{name}0"], gradients.pop(f"reset_{name}")
+            gradients[f"{name}0"] = torch.cat(halves)
+    return tensors(result, RESULTS, RESULTS), gradients
 
 
 def as_function(case):
@@ -172,7 +196,7 @@ def as_function(case):
         tensors = list(case.tensors)
         for i, t in zip(present, given):
             tensors[i] = t
-        results = ops.layer(case.cell, *tensors, batch_sizes=case.batch_sizes)
+        results = ops.layer(case.cell, *tensors, **{**case.options(), "reverse": False})
         return tuple(r for r in results if r is not None)
 
     return function, [case.tensors[i].clone().requires_grad_() for i in present]

@@ -1,11 +1,11 @@
 """What is asked of a layer on the emulated CUDA kernels, whichever path its passes take."""
 
 import torch
-from cases import make_case, run_ours, run_reference, run_torch
+from cases import RESULTS, make_case, run_ours, run_reference, run_torch, with_resets
 from tolerance import FORWARD, GRADIENT, assert_as_exact, error
 from torch.autograd import grad
 
-from rnn_ext import composite
+from rnn_ext import composite, ops
 
 VARIANTS = {
     "padded": {},
@@ -155,3 +155,30 @@ def check_packed_resets(emulated, cell, dtype, paths, directions=1):
                 which[i] = None if which[i] is None else which[i][alive]
         compare(results, theirs[0], truth[0], FORWARD)
         compare(gradients, theirs[1], truth[1], GRADIENT)
+
+
+def check_both_directions_with_resets(cell, dtype):
+    """`ops.both_directions` does what `ops.layer` does for each: a reset parts the same steps."""
+    cases = [
+        with_resets(away_from_the_kink(make_case(cell, (6, 9, 5, 21), reverse=r)), restored=False)
+        for r in (False, True)
+    ]
+    expected = [run_ours(case.to(dtype))[0] for case in cases]
+    first, second = (case.to(dtype).tensors for case in cases)
+    leaves = [t.requires_grad_() for t in (first[0], *first[1:], *second[1:]) if t is not None]
+    pair = ops.both_directions(
+        cases[0].cell, first[0], tuple(first[1:]), tuple(second[1:]), resets=cases[0].resets
+    )
+    alone = [
+        ops.layer(case.cell, first[0], *tensors[1:], **case.options())
+        for case, tensors in zip(cases, (first, second))
+    ]
+    for results, known in zip(pair, expected):
+        for name, value in zip(RESULTS, results):
+            assert value is None or torch.equal(value, known[name]), name
+    found, right = (
+        grad([d[0] for d in both], leaves, [case.to(dtype).upstream[0] for case in cases])
+        for both in (pair, alone)
+    )
+    for ours, theirs in zip(found, right, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1)

@@ -5,7 +5,7 @@ What one path saves the other must be able to read, so the passes are mixed as w
 
 import pytest
 import torch
-from cases import SHAPES, assert_second_backward_is_right, make_case, run_ours
+from cases import SHAPES, assert_second_backward_is_right, make_case, run_ours, with_resets
 from emulated import emulated_modules, emulation
 from emulated_checks import (
     PREDICATES,
@@ -13,6 +13,7 @@ from emulated_checks import (
     away_from_the_kink,
     by_hand,
     check,
+    check_both_directions_with_resets,
     check_packed_resets,
     check_predicates,
 )
@@ -77,6 +78,19 @@ def test_layer_is_as_exact_as_torch(cell, dtype, shape, nan_filled):
 @every_path
 def test_variants_are_as_exact_as_torch(cell, dtype, variant, paths, nan_filled):
     check(make_case(cell, (6, 9, 5, 21), **VARIANTS[variant]), dtype)
+
+
+@pytest.mark.parametrize("variant", ["padded", "ragged_reverse"])
+@every_cell
+@every_path
+def test_layers_with_resets(cell, variant, paths, nan_filled):
+    case = make_case(cell, (6, 9, 5, 21), **VARIANTS[variant])
+    check(with_resets(case, restored=False), torch.float32)
+
+
+@every_cell
+def test_both_directions_with_resets(cell, nan_filled):
+    check_both_directions_with_resets(cell, torch.float32)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -10,9 +10,17 @@ from cases import (
     make_case,
     run_ours,
     run_reference,
+    with_resets,
 )
 from emulated import emulation
-from emulated_checks import PREDICATES, VARIANTS, check, check_packed_resets, check_predicates
+from emulated_checks import (
+    PREDICATES,
+    VARIANTS,
+    check,
+    check_both_directions_with_resets,
+    check_packed_resets,
+    check_predicates,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import error
@@ -44,6 +52,25 @@ def test_layer_is_as_exact_as_torch(cell, dtype, shape, nan_filled):
 @pytest.mark.parametrize("cell", CELLS)
 def test_variants_are_as_exact_as_torch(cell, dtype, variant, nan_filled):
     check(make_case(cell, (6, 9, 5, 21), **VARIANTS[variant]), dtype)
+
+
+@pytest.mark.parametrize("variant", ["padded", "reverse", "ragged_reverse"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_resets_are_as_exact_as_torch(cell, dtype, variant, nan_filled):
+    case = make_case(cell, (6, 9, 5, 21), **VARIANTS[variant])
+    check(with_resets(case, restored=False), dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_both_directions_with_resets(cell, nan_filled):
+    check_both_directions_with_resets(cell, torch.float64)
+
+
+def test_a_state_that_resets_restore_is_refused():
+    case = with_resets(make_case("lstm", (4, 2, 3, 5)), restored=True)
+    with pytest.raises(RuntimeError, match="initial_state for resets has no CUDA kernel"):
+        run_ours(case)
 
 
 @settings(max_examples=60, deadline=None)

@@ -83,7 +83,7 @@ class Backward {
     if (a_.dw_hh) find_previous(member);
     member.wait();
     for (long i = a_.steps.count - 1; i >= 0; i--) step(share, a_.steps.at(i));
-    if (a_.dh0) starts(share, a_.steps.at(0), 0);
+    starts(share, a_.steps.at(0), 0);
     member.wait();
     Segment segments[kMaxSegments];
     const int count = Cell::segments(hidden_, segments);
@@ -107,6 +107,9 @@ class Backward {
         previous_[a_.steps.begin(t) + r] =
             r < carried ? a_.out + (a_.steps.begin(a_.steps.previous(t)) + r) * output_
                         : a_.h0 + r * output_;
+      const bool* resets = a_.resets.among(a_.steps.begin(t), a_.steps.rows(t));
+      for (long r = 0; resets && r < a_.steps.rows(t); r++)
+        if (resets[r]) previous_[a_.steps.begin(t) + r] = a_.resets.h + r * output_;
     }
   }
 
@@ -131,6 +134,7 @@ class Backward {
     v.dc = a_.dc;
 
     const long later = continuing ? a_.steps.begin(a_.steps.next(t)) : 0;
+    const Afresh resets{a_.resets.among(at, rows), a_.resets.among(later, continuing), continuing};
     const long r0 = share.row_begin(), r1 = share.row_end(rows);
     // A sequence has a previous step or not, and a next step or not: at most three ranges of rows.
     const long low = continuing < carried ? continuing : carried,
@@ -146,23 +150,31 @@ class Backward {
         v.add_carry = Cell::carries || !has_next;
         if (phase == 0)
           run_phase<0>(first_, share, v, has_next ? delta_ + later * delta_width_ : nullptr,
-                       delta_width_, begin, end);
+                       delta_width_, begin, end, resets);
         else if constexpr (projected)
-          run_phase<1>(second_, share, v, v.dh, output_, begin, end);
+          run_phase<1>(second_, share, v, v.dh, output_, begin, end, resets);
         else if constexpr (Cell::phases == 2)
-          run_phase<1>(second_, share, v, v.delta + 2 * hidden_, delta_width_, begin, end);
+          run_phase<1>(second_, share, v, v.delta + 2 * hidden_, delta_width_, begin, end, resets);
       }
-      if (phase == 0 && a_.dh0 && a_.steps.exists(a_.steps.next(t)))
+      if (phase == 0 && a_.steps.exists(a_.steps.next(t)))
         starts(share, a_.steps.next(t), continuing);
       share.wait();
     }
   }
 
-  // dh0 of the sequences from row `first` on, which start at step t
+  // dh0 of the sequences from row `first` on, which start at step t; where that is a reset, nothing
+  // reaches h0 and c0.
   void starts(const Share& share, long t, long first) const {
     const long r0 = share.row_begin() > first ? share.row_begin() : first,
                r1 = share.row_end(a_.steps.rows(t));
     if (r0 >= r1) return;
+    const bool* resets = a_.resets.among(a_.steps.begin(t), a_.steps.rows(t));
+    if constexpr (Cell::has_cell_state)
+      if (resets)
+        for (long p = share.panel_begin(hidden_panels()); p < share.panel_end(hidden_panels()); p++)
+          for (long row = r0; row < r1; row++)
+            if (resets[row]) cut_cells(row, p);
+    if (!a_.dh0) return;
     const value* operand = delta_ + a_.steps.begin(t) * delta_width_;
     alignas(64) real products[kTileRows<2> * width];
     const long p1 = share.panel_end(first_.count());
@@ -175,17 +187,96 @@ class Backward {
             const long at = (row + i) * output_ + block * lanes;
             Vec<value> dh0 = load(products + (i * 2 + b) * lanes);
             if (Cell::carries) dh0 += load(carry_ + at, n);
+            if (resets && resets[row + i]) {
+              if (a_.d_reset_h) add(a_.d_reset_h + at, dh0, n);
+              dh0 = Vec<value>{};
+            }
             store(a_.dh0 + at, dh0, n);
           });
       });
   }
 
+  RNN_EXT_INLINE static void add(real* sum, Vec<value> term, int n) {
+    store(sum, load(sum, n) + term, n);
+  }
+  long hidden_panels() const { return panels_of<value, PlainPanel>(hidden_); }
+
+  // What later steps ask of the cell state that a reset replaced goes to its replacement.
+  void cut_cells(long row, long panel) const {
+    for_units<value, PlainPanel>(panel, hidden_, [&](int, long block, int n) {
+      real* dc = a_.dc + row * hidden_ + block * lanes;
+      if (a_.d_reset_c) add(a_.d_reset_c + row * hidden_ + block * lanes, load(dc, n), n);
+      store(dc, Vec<value>{}, n);
+    });
+  }
+
+  // The same for the hidden state, of which `products` is one row of what reaches it.
+  void cut_states(long row, long panel, const real* products) const {
+    if (!a_.d_reset_h) return;
+    for_units<value, PlainPanel>(panel, output_, [&](int b, long block, int n) {
+      const long at = row * output_ + block * lanes;
+      Vec<value> dh = load(products + b * lanes);
+      if (Cell::carries) dh += load(carry_ + at, n);
+      add(a_.d_reset_h + at, dh, n);
+    });
+  }
+
+  // Of the rows of a step: which start afresh there, and which at the next step; null for none.
+  struct Afresh {
+    const bool *here, *next;
+    long continuing;  // rows that the next step has
+    bool at_here(long row) const { return here && here[row]; }
+    bool at_next(long row) const { return next && row < continuing && next[row]; }
+  };
+
+  template <int phase>
+  RNN_EXT_INLINE void finish(const BackwardView<value>& view, long first, int count, long panel,
+                             long units, const real* products, const Afresh& resets) const {
+    if (resets.here || resets.next)
+      finish_some_reset<phase>(view, first, count, panel, units, products, resets);
+    else
+      finish_backward<value, Cell, phase>(view, first, count, panel, units, products);
+  }
+
+  template <int phase>
+  RNN_EXT_NOINLINE void finish_some_reset(const BackwardView<value>& view, long first, int count,
+                                          long panel, long units, const real* products,
+                                          const Afresh& resets) const {
+    const bool has_next = phase > 0 || products;
+    for_runs(
+        count,
+        [&](long i, long k) {
+          return resets.at_here(first + i) == resets.at_here(first + k) &&
+                 resets.at_next(first + i) == resets.at_next(first + k);
+        },
+        [&](int i, int rows) {
+          BackwardView<value> run = view;
+          const real* run_products = products ? products + i * width : nullptr;
+          if (resets.at_here(first + i)) {
+            run.h_prev = a_.resets.h;
+            run.c_prev = a_.resets.c;
+          }
+          if (has_next && resets.at_next(first + i)) {
+            for (long row = first + i; row < first + i + rows; row++) {
+              if constexpr (phase == 0) cut_states(row, panel, products + (row - first) * width);
+              if constexpr (Cell::has_cell_state && phase == Cell::phases - 1)
+                cut_cells(row, panel);
+            }
+            if constexpr (phase == 0) {
+              run_products = nullptr;
+              run.add_carry = false;
+            }
+          }
+          finish_backward<value, Cell, phase>(run, first + i, rows, panel, units, run_products);
+        });
+  }
+
   template <int phase>
   void run_phase(const ColumnPanels<value>& panels, const Share& share,
                  const BackwardView<value>& view, const value* operand, long operand_width, long r0,
-                 long r1) const {
+                 long r1, const Afresh& resets) const {
     if (operand && panels.depth >= kLongDepth && r1 - r0 > kTileRows<2>)
-      return run_long_phase<phase>(panels, share, view, operand, operand_width, r0, r1);
+      return run_long_phase<phase>(panels, share, view, operand, operand_width, r0, r1, resets);
     alignas(64) real products[kTileRows<2> * width];
     const long p1 = share.panel_end(panels.count());
     for (long p = share.panel_begin(panels.count()); p < p1; p++)
@@ -193,8 +284,7 @@ class Backward {
         if (operand)
           tile_long<value, 2>(count, panels.depth, operand + first * operand_width, operand_width,
                               kTogether<value>, panels.panel(p), products, width, false);
-        finish_backward<value, Cell, phase>(view, first, count, p, panels.columns,
-                                            operand ? products : nullptr);
+        finish<phase>(view, first, count, p, panels.columns, operand ? products : nullptr, resets);
       });
   }
 
@@ -203,7 +293,7 @@ class Backward {
   template <int phase>
   void run_long_phase(const ColumnPanels<value>& panels, const Share& share,
                       const BackwardView<value>& view, const value* operand, long operand_width,
-                      long r0, long r1) const {
+                      long r0, long r1, const Afresh& resets) const {
     constexpr long piece = kSumLength<value>;
     const long p0 = share.panel_begin(panels.count()), p1 = share.panel_end(panels.count());
     for (long k = 0; k < panels.depth; k += piece) {
@@ -214,8 +304,7 @@ class Backward {
           tile_for<value, 2>(count)(part, operand + first * operand_width + k, operand_width,
                                     kTogether<value>, panels.panel(p) + k * width, sums, width,
                                     k > 0);
-          if (part == left)
-            finish_backward<value, Cell, phase>(view, first, count, p, panels.columns, sums);
+          if (part == left) finish<phase>(view, first, count, p, panels.columns, sums, resets);
         });
     }
   }

@@ -43,6 +43,15 @@ RNN_EXT_INLINE void for_units(long panel, long units, const Body& body) {
   }
 }
 
+// Calls body(first, count) for neighbours among the rows [0, count) that `same` does not tell apart.
+template <class Same, class Body>
+RNN_EXT_INLINE void for_runs(int count, const Same& same, const Body& body) {
+  for (int i = 0, end; i < count; i = end) {
+    for (end = i + 1; end < count && same(i, end);) end++;
+    body(i, end - i);
+  }
+}
+
 // Reads: products [rows][Shape::vectors * kLanes]. Writes: what Cell::forward<phase> writes. One
 // thread.
 template <class value, class Cell, class Shape, int phase, bool save>
@@ -198,27 +207,31 @@ class Forward {
     v.h = a_.out + at * output_;
     v.middle = middle_ + (save && Cell::keeps_middle ? at * hidden_ : 0);
     v.c = a_.c + (save && Cell::has_cell_state ? at * hidden_ : 0);
-    ForwardView<value> fresh = v;
+    ForwardView<value> fresh = v, reset = v;
     v.h_prev = a_.out + before * output_;
     v.c_prev = save ? a_.c + before * hidden_ : a_.c;
     fresh.h_prev = a_.h0;
     fresh.c_prev = save ? a_.c0 : a_.c;
+    reset.h_prev = a_.resets.h;
+    reset.c_prev = a_.resets.c;
+    const bool* resets = a_.resets.among(at, rows);
 
     const long r0 = share.row_begin(), r1 = share.row_end(rows);
     const long middle = r0 > carried ? r0 : r1 < carried ? r1 : carried;
-    phase<0>(first_, share, v, v.h_prev, output_, r0, middle, hidden_);
-    phase<0>(first_, share, fresh, fresh.h_prev, output_, middle, r1, hidden_);
+    phase<0>(first_, share, v, v.h_prev, output_, r0, middle, hidden_, resets, reset);
+    phase<0>(first_, share, fresh, fresh.h_prev, output_, middle, r1, hidden_, resets, reset);
     share.wait();
     if constexpr (Cell::phases == 2) {
-      phase<1>(second_, share, v, v.middle, hidden_, r0, middle, second_.units);
-      phase<1>(second_, share, fresh, v.middle, hidden_, middle, r1, second_.units);
+      phase<1>(second_, share, v, v.middle, hidden_, r0, middle, second_.units, resets, reset);
+      phase<1>(second_, share, fresh, v.middle, hidden_, middle, r1, second_.units, resets, reset);
       share.wait();
     }
   }
 
   template <int phase_index, class Shape>
   void phase(const Panels<value, Shape>& panels, const Share& share, const ForwardView<value>& view,
-             const value* operand, long operand_width, long r0, long r1, long units) const {
+             const value* operand, long operand_width, long r0, long r1, long units,
+             const bool* resets, const ForwardView<value>& reset) const {
     if (r0 >= r1) return;
     alignas(64) real products[kTileRows<Shape::vectors> * Shape::vectors * lanes];
     const long p1 = share.panel_end(panels.count());
@@ -226,9 +239,38 @@ class Forward {
       for_row_blocks(r0, r1, kTileRows<Shape::vectors>, [&](long first, int count) {
         panels.multiply(p, count, operand + first * operand_width, operand_width, products,
                         Shape::vectors * lanes, false);
-        finish_forward<value, Cell, Shape, phase_index, save>(view, first, count, p, units,
-                                                              products);
+        if (resets)
+          finish_some_reset<phase_index>(panels, view, first, count, p, units, products, resets,
+                                         reset);
+        else
+          finish_forward<value, Cell, Shape, phase_index, save>(view, first, count, p, units,
+                                                                products);
       });
+  }
+
+  // finish_forward where rows may start afresh: those from `reset` instead of `view`.
+  template <int phase_index, class Shape>
+  RNN_EXT_NOINLINE void finish_some_reset(const Panels<value, Shape>& panels,
+                                          const ForwardView<value>& view, long first, int count,
+                                          long panel, long units, real* products,
+                                          const bool* resets,
+                                          const ForwardView<value>& reset) const {
+    constexpr int stride = Shape::vectors * lanes;
+    const bool* is_reset = resets + first;
+    for_runs(
+        count, [&](int i, int k) { return is_reset[i] == is_reset[k]; },
+        [&](int i, int rows) {
+          real* run = products + i * stride;
+          if (phase_index == 0 && is_reset[i]) {
+            if (a_.resets.zero)
+              std::memset(run, 0, rows * stride * sizeof(real));
+            else
+              panels.multiply(panel, rows, a_.resets.h + (first + i) * output_, output_, run,
+                              stride, false);
+          }
+          finish_forward<value, Cell, Shape, phase_index, save>(is_reset[i] ? reset : view,
+                                                                first + i, rows, panel, units, run);
+        });
   }
 
   const ForwardArgs<value>& a_;

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "../cells/kind.h"
 #include "plan.h"
@@ -68,6 +69,20 @@ struct Weights {
   const value* hr;   // [P, H] or null: the projection
 };
 
+// Where sequences start afresh: the state that the walk carries into such a row's step is replaced.
+template <class value>
+struct Resets {
+  const bool* rows;      // [N] or null: nowhere
+  const value* h;        // [B, P], not null where rows is not
+  const Real<value>* c;  // [B, H], LSTM
+  bool zero;             // h and c are zero
+
+  // Those of the `count` rows from `first` on, or null if none of them starts afresh.
+  const bool* among(long first, long count) const {
+    return rows && std::memchr(rows + first, true, count) ? rows + first : nullptr;
+  }
+};
+
 template <class value>
 struct ForwardArgs {
   using real = Real<value>;
@@ -83,6 +98,7 @@ struct ForwardArgs {
   real* gates;
   // Saving, [N, H]: GRU's U_n h' + b_rn, reset-before GRU's r h', projected LSTM's o tanh(c).
   value* middle;
+  Resets<value> resets;
   bool save;  // keep what the backward pass needs
   Plan plan;
 };
@@ -99,6 +115,8 @@ struct BackwardArgs {
   const real* d_hn;    // [B, P] or null
   const real* d_c;     // [N, H] or null: gradient of every c_t
   real* dc;            // LSTM: [B, H], dL/dc_n on entry, dL/dc0 afterwards
+  Resets<value> resets;
+  real *d_reset_h, *d_reset_c;  // [B, P] and [B, H], zero on entry: gradients of resets.h and .c
   // null where the gradient was not asked for
   value* dx;
   real *dh0, *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;

@@ -44,24 +44,25 @@ py::tuple results(LayerOutputs& out, bool save) {
 
 py::tuple forward(std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih,
                   Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
-                  OptionalTensor batch_sizes, bool reverse, bool save, const std::string& backend) {
+                  OptionalTensor batch_sizes, bool reverse, OptionalTensor resets, bool save,
+                  const std::string& backend) {
   const LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
                        std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
-                       std::move(w_hr), std::move(batch_sizes), reverse};
+                       std::move(w_hr), std::move(batch_sizes), reverse,         std::move(resets)};
   auto out = without_gil([&] { return layer_forward({&in, 1}, save, path_of(backend)); });
   return results(out[0], save);
 }
 
 InputGradients backward(std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih,
                         Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
-                        OptionalTensor batch_sizes, bool reverse, Tensor states,
-                        OptionalTensor cells, OptionalTensor gates, OptionalTensor middle,
-                        std::string isa, OptionalTensor d_output, OptionalTensor d_h_n,
-                        OptionalTensor d_c_n, OptionalTensor d_cells, Wanted wanted, long groups,
-                        const std::string& backend) {
+                        OptionalTensor batch_sizes, bool reverse, OptionalTensor resets,
+                        Tensor states, OptionalTensor cells, OptionalTensor gates,
+                        OptionalTensor middle, std::string isa, OptionalTensor d_output,
+                        OptionalTensor d_h_n, OptionalTensor d_c_n, OptionalTensor d_cells,
+                        Wanted wanted, long groups, const std::string& backend) {
   const LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
                        std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
-                       std::move(w_hr), std::move(batch_sizes), reverse};
+                       std::move(w_hr), std::move(batch_sizes), reverse,         std::move(resets)};
   const Saved saved{std::move(states), std::move(cells), std::move(gates), std::move(middle),
                     std::move(isa)};
   const LayerGradients d{d_output, d_h_n, d_c_n, d_cells};
@@ -75,28 +76,31 @@ using DirectionTensors = std::array<OptionalTensor, kLayerInputs - 1>;
 
 std::array<LayerInputs, 2> both_directions(const std::string& cell, const Tensor& input,
                                            const std::array<DirectionTensors, 2>& tensors,
-                                           const OptionalTensor& batch_sizes) {
+                                           const OptionalTensor& batch_sizes,
+                                           const OptionalTensor& resets) {
   const auto inputs = [&](const DirectionTensors& t, bool reverse) {
     return LayerInputs{cell, input, t[0].value(), t[1],        t[2].value(), t[3].value(),
-                       t[4], t[5],  t[6],         batch_sizes, reverse};
+                       t[4], t[5],  t[6],         batch_sizes, reverse,      resets};
   };
   return {inputs(tensors[0], false), inputs(tensors[1], true)};
 }
 
 py::tuple forward_both(const std::string& cell, const Tensor& input,
                        const std::array<DirectionTensors, 2>& tensors,
-                       const OptionalTensor& batch_sizes, bool save, const std::string& backend) {
-  const auto in = both_directions(cell, input, tensors, batch_sizes);
+                       const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool save,
+                       const std::string& backend) {
+  const auto in = both_directions(cell, input, tensors, batch_sizes, resets);
   auto out = without_gil([&] { return layer_forward(in, save, path_of(backend)); });
   return py::make_tuple(results(out[0], save), results(out[1], save));
 }
 
 std::vector<InputGradients> backward_both(
     const std::string& cell, const Tensor& input, const std::array<DirectionTensors, 2>& tensors,
-    const OptionalTensor& batch_sizes, const std::array<std::array<OptionalTensor, 4>, 2>& kept,
-    const std::string& isa, const std::array<std::array<OptionalTensor, 4>, 2>& upstream,
+    const OptionalTensor& batch_sizes, const OptionalTensor& resets,
+    const std::array<std::array<OptionalTensor, 4>, 2>& kept, const std::string& isa,
+    const std::array<std::array<OptionalTensor, 4>, 2>& upstream,
     const std::array<Wanted, 2>& wanted, const std::string& backend) {
-  const auto in = both_directions(cell, input, tensors, batch_sizes);
+  const auto in = both_directions(cell, input, tensors, batch_sizes, resets);
   std::vector<Saved> saved;
   std::vector<LayerGradients> d;
   for (int i = 0; i < 2; i++) {
@@ -115,9 +119,11 @@ py::object shown(std::optional<StackOutputs>&& out) {
 
 py::object stack(const std::string& cell, const Tensor& input, const std::vector<Tensor>& hx,
                  const std::vector<Tensor>& weights, int directions, bool bias, bool projected,
-                 bool batch_first, double dropout) {
+                 bool batch_first, double dropout, const OptionalTensor& resets,
+                 const std::vector<Tensor>& restored) {
   return shown(without_gil([&] {
-    return run_stack(cell, input, hx, weights, directions, bias, projected, batch_first, dropout);
+    return run_stack(cell, input, hx, weights, directions, bias, projected, batch_first, dropout,
+                     resets, restored);
   }));
 }
 
@@ -126,7 +132,7 @@ py::object one_step(const std::string& cell, const Tensor& input, const std::vec
   return shown(without_gil([&] { return run_cell(cell, input, hx, weights, bias); }));
 }
 
-// function(cell, tensors, reverse, saved, isa, upstream, wanted), as rnn_ext/ops.py defines it.
+// function(cell, tensors, reverse, resets, saved, isa, upstream, wanted), as rnn_ext/ops.py defines it.
 void general_backward_in(const py::function& function) {
   // Never destroyed: at exit the interpreter may be gone first.
   const auto* kept = new py::function(function);
@@ -136,8 +142,9 @@ void general_backward_in(const py::function& function) {
     return (*kept)(
                in.cell,
                py::make_tuple(in.input, in.h0, in.c0, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr),
-               in.reverse, py::make_tuple(saved.states, saved.cells, saved.gates, saved.middle),
-               saved.isa, py::make_tuple(d.d_output, d.d_h_n, d.d_c_n, d.d_cells), wanted)
+               in.reverse, in.resets,
+               py::make_tuple(saved.states, saved.cells, saved.gates, saved.middle), saved.isa,
+               py::make_tuple(d.d_output, d.d_h_n, d.d_c_n, d.d_cells), wanted)
         .cast<InputGradients>();
   });
 }

@@ -15,7 +15,8 @@ struct Call {
   Sizes sizes;
   long gates, steps, batch, rows;
   std::vector<int64_t> offsets;
-  long groups = 1;  // of sequences, for which weights get a gradient each
+  bool restores = false;  // resets put a state that was given in the place of the carried one
+  long groups = 1;        // of sequences, for which weights get a gradient each
 
   void set_groups(long count);
   Steps time(bool reverse) const { return {steps, batch, offsets.data(), reverse}; }
@@ -29,5 +30,9 @@ struct Call {
 Call check_call(const LayerInputs& in);
 // The same for both directions of a layer.
 Call check_call(std::span<const LayerInputs> directions);
+
+// The rows into whose step no state is carried, bool [N]: those of in.resets or, as a reset at step t
+// parts t from t - 1, walking back in time those of the step before.
+at::Tensor parted_rows(const Call& call, const LayerInputs& in);
 
 }  // namespace rnn_ext

@@ -67,6 +67,21 @@ class Operands {
     return {read<value>(in.w_ih), read<value>(in.w_hh), read<real>(in.b_ih), read<real>(in.b_hh),
             read<value>(in.w_hr)};
   }
+  // `h` and `c` are h0 and c0 as the kernel reads them.
+  template <class value>
+  Resets<value> resets(const Call& call, const LayerInputs& in, const value* h,
+                       const Real<value>* c) {
+    if (!in.resets || call.rows == 0) return {};
+    const Sizes& s = call.sizes;
+    held_.push_back(parted_rows(call, in));
+    const bool* rows = held_.back().const_data_ptr<bool>();
+    if (call.restores)
+      return {rows, h + call.batch * s.output, c ? c + call.batch * s.hidden : c, false};
+    held_.push_back(at::zeros({call.batch, s.output}, kDtype<value>));
+    const value* no_h = read<value>(held_.back());
+    held_.push_back(at::zeros({call.batch, s.hidden}, kDtype<Real<value>>));
+    return {rows, no_h, read<Real<value>>(held_.back()), true};
+  }
 
  private:
   std::vector<Tensor> held_;
@@ -137,7 +152,7 @@ class ForwardPass {
     if (lstm_ && save) out_.saved.cells = large_empty(call.laid_out(s.hidden), kDtype<real>);
     if (lstm_ && !save) {
       out_.c_n = at::empty({call.batch, s.hidden}, kDtype<real>);
-      copy_values<real>(*in.c0, *out_.c_n);
+      copy_values<real>(call.restores ? in.c0->narrow(0, 0, call.batch) : *in.c0, *out_.c_n);
     }
     if (save) {
       const long width = kernels_.gates_width(call.kind, s.hidden, sizeof(real));
@@ -151,6 +166,7 @@ class ForwardPass {
     args_.x = operands_.template read<value>(in.input);
     args_.h0 = operands_.template read<value>(in.h0);
     args_.c0 = operands_.template read<real>(in.c0);
+    args_.resets = operands_.template resets<value>(call, in, args_.h0, args_.c0);
     args_.out = writable<value>(states_);
     args_.c = writable<real>(save ? out_.saved.cells : out_.c_n);
     args_.gates = writable<real>(out_.saved.gates);
@@ -199,16 +215,19 @@ class BackwardPass {
     if (in.b_ih) allocate(5, *in.b_ih);
     if (in.b_hh) allocate(6, *in.b_hh);
     if (in.w_hr) allocate(7, *in.w_hr);
-    if (in.c0)
-      out_[2] = d.d_c_n && d.d_c_n->defined()
-                    ? d.d_c_n->to(call.compute, false, /*copy=*/true).contiguous()
-                    : at::zeros({call.batch, s.hidden}, call.options());
+    if (call.restores && out_[1]) out_[1]->zero_();
+    if (in.c0) out_[2] = cell_gradient(d.d_c_n);
     args_.steps = call.time(in.reverse);
     args_.sizes = s;
     args_.weights = operands_.template weights<value>(in);
     args_.x = operands_.template read<value>(in.input);
     args_.h0 = operands_.template read<value>(in.h0);
     args_.c0 = operands_.template read<real>(in.c0);
+    args_.resets = operands_.template resets<value>(call, in, args_.h0, args_.c0);
+    if (call.restores && call.rows) {
+      if (out_[1]) args_.d_reset_h = writable<real>(out_[1]) + call.batch * s.output;
+      if (out_[2]) args_.d_reset_c = writable<real>(out_[2]) + call.batch * s.hidden;
+    }
     args_.out = operands_.template read<value>(saved.states);
     args_.c = operands_.template read<real>(saved.cells);
     args_.gates = operands_.template read<real>(saved.gates);
@@ -239,6 +258,17 @@ class BackwardPass {
   }
 
  private:
+  // What dL/dc0 is computed in: dL/dc_n, and zeros for what resets restore.
+  Tensor cell_gradient(const OptionalTensor& d_c_n) const {
+    const bool given = d_c_n && d_c_n->defined();
+    if (given && !call_.restores)
+      return d_c_n->to(call_.compute, false, /*copy=*/true).contiguous();
+    Tensor dc =
+        at::zeros({call_.batch * (1 + call_.restores), call_.sizes.hidden}, call_.options());
+    if (given) dc.narrow(0, 0, call_.batch).copy_(*d_c_n);
+    return dc;
+  }
+
   void allocate(int i, const Tensor& like, at::ScalarType dtype = kDtype<real>) {
     if (!wanted_[i]) return;
     at::IntArrayRef shape = like.sizes();

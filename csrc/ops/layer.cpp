@@ -1,5 +1,9 @@
 #include "layer.h"
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
 #include "cpu_layer.h"
 #include "cuda_layer.h"
 
@@ -88,8 +92,16 @@ Call check_call(const LayerInputs& in) {
   TORCH_CHECK(lstm || !in.w_hr, "rnn_ext: a projection (w_hr) belongs to the LSTM");
   TORCH_CHECK(in.b_ih.has_value() == in.b_hh.has_value(), "rnn_ext: give both biases or neither");
   check_tensor("input", in.input, in.input, in.input.sizes());
-  check_tensor("h0", in.h0, in.input, {call.batch, s.output});
-  check_tensor("c0", in.c0, in.input, {call.batch, hidden});
+  if (in.resets) {
+    const at::IntArrayRef rows = in.input.sizes().slice(0, in.input.dim() - 1);
+    TORCH_CHECK(in.resets->scalar_type() == at::kBool && in.resets->sizes() == rows &&
+                    in.resets->device() == in.input.device(),
+                "rnn_ext: resets must be bool of shape ", rows, " on ", in.input.device());
+    call.restores = call.batch && in.h0.dim() == 2 && in.h0.size(0) == 2 * call.batch;
+  }
+  const long states = call.restores ? 2 * call.batch : call.batch;
+  check_tensor("h0", in.h0, in.input, {states, s.output});
+  check_tensor("c0", in.c0, in.input, {states, hidden});
   check_tensor("w_ih", in.w_ih, in.input, {all, s.input});
   check_tensor("w_hh", in.w_hh, in.input, {all, s.output});
   check_tensor("b_ih", in.b_ih, in.input, {all});
@@ -103,13 +115,47 @@ Call check_call(std::span<const LayerInputs> directions) {
   for (const LayerInputs& in : directions.subspan(1)) {
     const Call other = check_call(in);
     TORCH_CHECK(other.kind == call.kind && other.rows == call.rows && other.dtype == call.dtype &&
-                    other.batch == call.batch && other.sizes.hidden == call.sizes.hidden &&
+                    other.batch == call.batch && other.restores == call.restores &&
+                    other.sizes.hidden == call.sizes.hidden &&
                     other.sizes.output == call.sizes.output &&
                     in.b_ih.has_value() == directions[0].b_ih.has_value(),
                 "rnn_ext: both directions must have the same sizes and dtype");
   }
   return call;
 }
+
+Tensor parted_rows(const Call& call, const LayerInputs& in) {
+  if (!in.reverse) return in.resets->contiguous();
+  const Tensor given = in.resets->reshape({call.rows});
+  const Tensor after = at::cat({given, at::zeros({1}, given.options())});
+  const Tensor next = at::empty({call.rows}, at::kLong);
+  int64_t* to = next.mutable_data_ptr<int64_t>();
+  for (long t = 0; t < call.steps; t++) {
+    const long rows = call.offsets[t + 1] - call.offsets[t];
+    const long following = t + 1 < call.steps ? call.offsets[t + 2] - call.offsets[t + 1] : 0;
+    for (long r = 0; r < rows; r++) *to++ = r < following ? call.offsets[t + 1] + r : call.rows;
+  }
+  return after.index_select(0, next.to(given.device())).view(in.resets->sizes());
+}
+
+namespace {
+
+// Calls run(directions, predicates, the number of the first) for what the CUDA kernels take at once:
+// with resets a direction, as each meets them elsewhere.
+template <class Run>
+auto on_cuda_each(const Call& call, std::span<const LayerInputs> directions, const Run& run) {
+  if (!directions[0].resets) return run(directions, RowPredicates{}, 0);
+  TORCH_CHECK(!call.restores, "rnn_ext: an initial_state for resets has no CUDA kernel");
+  decltype(run(directions, RowPredicates{}, 0)) all;
+  for (size_t i = 0; i < directions.size(); i++) {
+    const RowPredicates predicates{{}, parted_rows(call, directions[i])};
+    for (auto& result : run(directions.subspan(i, 1), predicates, i))
+      all.push_back(std::move(result));
+  }
+  return all;
+}
+
+}  // namespace
 
 void Call::set_groups(long count) {
   if (count == 1) return;
@@ -146,7 +192,10 @@ std::vector<LayerOutputs> layer_forward(std::span<const LayerInputs> directions,
                                         [[maybe_unused]] cuda::Path path) {
   const Call call = check_call(directions);
   if constexpr (kHasCudaKernels)
-    if (on_cuda(directions[0].input)) return cuda_layer_forward(call, directions, {}, save, path);
+    if (on_cuda(directions[0].input))
+      return on_cuda_each(call, directions, [&](auto some, const auto& predicates, size_t) {
+        return cuda_layer_forward(call, some, predicates, save, path);
+      });
   return cpu_layer_forward(call, directions, save);
 }
 
@@ -159,7 +208,11 @@ std::vector<InputGradients> layer_backward(std::span<const LayerInputs> directio
   call.set_groups(groups);
   if constexpr (kHasCudaKernels)
     if (on_cuda(directions[0].input))
-      return cuda_layer_backward(call, directions, {}, saved, d, wanted, path);
+      return on_cuda_each(call, directions, [&](auto some, const auto& predicates, size_t i) {
+        const size_t count = some.size();
+        return cuda_layer_backward(call, some, predicates, saved.subspan(i, count),
+                                   d.subspan(i, count), wanted.subspan(i, count), path);
+      });
   return cpu_layer_backward(call, directions, saved, d, wanted);
 }
 

@@ -15,7 +15,8 @@ namespace rnn_ext {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// What a layer is given; shapes as in rnn_ext/ops.py.
+// What a layer is given; shapes as in rnn_ext/ops.py. With resets, h0 and c0 may have 2 B rows: the
+// second half is what a reset puts in the place of the state, instead of zeros.
 struct LayerInputs {
   std::string cell;
   at::Tensor input, h0;
@@ -24,6 +25,7 @@ struct LayerInputs {
   OptionalTensor b_ih, b_hh, w_hr;
   OptionalTensor batch_sizes;
   bool reverse;
+  OptionalTensor resets = {};  // bool, laid out like input's rows
 };
 
 // What the backward pass reads beside the inputs. For bfloat16 `cells` and `gates` are float, wider

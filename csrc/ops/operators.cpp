@@ -34,7 +34,8 @@ constexpr size_t kDirectionTensors = kLayerInputs - 1, kKept = 6, kUpstream = 4;
 // `reverse` says or, where there are two, forward and backward in time.
 std::vector<LayerInputs> directions_of(const std::string& cell, const Tensor& input,
                                        const OptionalTensors& tensors,
-                                       const OptionalTensor& batch_sizes, bool reverse) {
+                                       const OptionalTensor& batch_sizes, bool reverse,
+                                       const OptionalTensor& resets) {
   const size_t count = tensors.size() / kDirectionTensors;
   TORCH_CHECK(tensors.size() == count * kDirectionTensors && (count == 1 || count == 2) &&
                   !(reverse && count == 2),
@@ -48,7 +49,7 @@ std::vector<LayerInputs> directions_of(const std::string& cell, const Tensor& in
       return *found;
     };
     directions.push_back({cell, input, required(0), t(1), required(2), required(3), t(4), t(5),
-                          t(6), batch_sizes, reverse || i == 1});
+                          t(6), batch_sizes, reverse || i == 1, resets});
   }
   return directions;
 }
@@ -61,8 +62,8 @@ Tensor or_empty(const OptionalTensor& t, const Tensor& like) {
 // output, h_n, c_n and cells of each direction; the last two of the LSTM, cells if asked for.
 std::vector<Tensor> layer(const std::string& cell, const Tensor& input,
                           const OptionalTensors& tensors, const OptionalTensor& batch_sizes,
-                          bool reverse, bool return_cells) {
-  const auto directions = directions_of(cell, input, tensors, batch_sizes, reverse);
+                          bool reverse, bool return_cells, const OptionalTensor& resets) {
+  const auto directions = directions_of(cell, input, tensors, batch_sizes, reverse, resets);
   const bool lstm = cell == "lstm";
   std::vector<Tensor> results;
   for (auto& out : layer_forward(directions, lstm && return_cells, cuda::Path::kAuto)) {
@@ -78,8 +79,9 @@ std::vector<Tensor> layer(const std::string& cell, const Tensor& input,
 // they would repeat `output` and `cells`.
 std::vector<Tensor> layer_forward_saving(const std::string& cell, const Tensor& input,
                                          const OptionalTensors& tensors,
-                                         const OptionalTensor& batch_sizes, bool reverse) {
-  const auto directions = directions_of(cell, input, tensors, batch_sizes, reverse);
+                                         const OptionalTensor& batch_sizes, bool reverse,
+                                         const OptionalTensor& resets) {
+  const auto directions = directions_of(cell, input, tensors, batch_sizes, reverse, resets);
   std::vector<Tensor> results;
   for (auto& out : layer_forward(directions, true, cuda::Path::kAuto)) {
     Saved& saved = out.saved;
@@ -99,13 +101,11 @@ std::vector<Tensor> layer_forward_saving(const std::string& cell, const Tensor& 
 // The gradients that are wanted, of input, h0, c0, w_ih, w_hh, b_ih, b_hh and w_hr, for each
 // direction. `kept` are the last six results of `layer_forward_saving` without the states at the
 // end: output, cells, states, wide_cells, gates, middle.
-std::vector<Tensor> layer_backward_kept(const std::string& cell, const Tensor& input,
-                                        const OptionalTensors& tensors,
-                                        const OptionalTensor& batch_sizes, bool reverse,
-                                        const std::vector<Tensor>& kept,
-                                        const OptionalTensors& upstream,
-                                        const c10::List<bool>& wanted) {
-  const auto directions = directions_of(cell, input, tensors, batch_sizes, reverse);
+std::vector<Tensor> layer_backward_kept(
+    const std::string& cell, const Tensor& input, const OptionalTensors& tensors,
+    const OptionalTensor& batch_sizes, bool reverse, const std::vector<Tensor>& kept,
+    const OptionalTensors& upstream, const c10::List<bool>& wanted, const OptionalTensor& resets) {
+  const auto directions = directions_of(cell, input, tensors, batch_sizes, reverse, resets);
   const size_t count = directions.size();
   TORCH_CHECK(kept.size() == count * kKept && upstream.size() == count * kUpstream &&
                   wanted.size() == count * kLayerInputs,
@@ -180,13 +180,14 @@ RNN_EXT_LIBRARY(RNN_EXT_OPERATORS, m) {
   m.set_python_module("rnn_ext.library");
   m.def(
       "layer(str cell, Tensor input, Tensor?[] tensors, Tensor? batch_sizes, bool reverse, "
-      "bool return_cells) -> Tensor[]");
+      "bool return_cells, Tensor? resets=None) -> Tensor[]");
   m.def(
       "layer_forward(str cell, Tensor input, Tensor?[] tensors, Tensor? batch_sizes, "
-      "bool reverse) -> Tensor[]");
+      "bool reverse, Tensor? resets=None) -> Tensor[]");
   m.def(
       "layer_backward(str cell, Tensor input, Tensor?[] tensors, Tensor? batch_sizes, "
-      "bool reverse, Tensor[] kept, Tensor?[] upstream, bool[] wanted) -> Tensor[]");
+      "bool reverse, Tensor[] kept, Tensor?[] upstream, bool[] wanted, Tensor? resets=None) "
+      "-> Tensor[]");
   m.def(
       "quantized_layer(str cell, Tensor input, Tensor h0, Tensor? c0, Tensor?[] weights, "
       "Tensor? batch_sizes, bool reverse) -> Tensor[]");

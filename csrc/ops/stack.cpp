@@ -75,10 +75,19 @@ Tensor joined(const std::vector<Tensor>& states, bool differentiable) {
 std::optional<StackOutputs> run_stack(const std::string& cell, const Tensor& input,
                                       const std::vector<Tensor>& hx,
                                       const std::vector<Tensor>& weights, int directions, bool bias,
-                                      bool projected, bool batch_first, double dropout) {
+                                      bool projected, bool batch_first, double dropout,
+                                      const OptionalTensor& resets,
+                                      const std::vector<Tensor>& restored) {
   const size_t each = 2 + 2 * bias + projected, count = weights.size() / each;
   const bool lstm = cell == "lstm";
   if (!all_plain(input, hx, weights) || input.dim() != 3) return std::nullopt;
+  OptionalTensor starts;
+  if (resets) {
+    if (!is_plain(*resets, at::kBool) || !all_plain(input, restored, {}) ||
+        resets->sizes() != input.sizes().slice(0, 2))
+      return std::nullopt;
+    starts = batch_first ? resets->t().contiguous() : *resets;
+  }
   Tensor x = batch_first ? input.transpose(0, 1) : input;
   if (x.size(0) == 0 || x.size(2) != weights[0].size(1)) return std::nullopt;
   const int64_t batch = x.size(1), hidden = weights[0].size(0) / cell_gates(cell_kind(cell)),
@@ -87,25 +96,35 @@ std::optional<StackOutputs> run_stack(const std::string& cell, const Tensor& inp
   if (!hx.empty() && hx.size() != (lstm ? 2 : 1)) return std::nullopt;
   for (size_t i = 0; i < hx.size(); i++)
     if (hx[i].sizes() != at::IntArrayRef{all, batch, widths[i]}) return std::nullopt;
+  if (!restored.empty() && (!resets || restored.size() != (lstm ? 2 : 1))) return std::nullopt;
+  for (size_t i = 0; i < restored.size(); i++)
+    if (restored[i].sizes() != at::IntArrayRef{all, batch, widths[i]} &&
+        restored[i].sizes() != at::IntArrayRef{all, 1, widths[i]})
+      return std::nullopt;
 
-  const bool differentiable = any_requires_grad(input, hx, weights);
+  const bool differentiable =
+      any_requires_grad(input, hx, weights) || any_requires_grad(input, restored, {});
   Tensor h_zero, c_zero;
   if (hx.empty()) {
     h_zero = at::zeros({batch, output}, input.options());
     c_zero = !lstm || output == hidden ? h_zero : at::zeros({batch, hidden}, input.options());
   }
+  const auto with_restored = [&](const Tensor& state, size_t i, size_t k) {
+    if (restored.empty()) return state;
+    return at::cat({state, restored[i].select(0, k).expand({batch, widths[i]})});
+  };
   std::vector<Tensor> h_n, c_n;
   std::vector<LayerInputs> layer;
   for (size_t first = 0; first < count; first += directions) {
     if (first && dropout > 0) x = at::dropout(x, dropout, /*train=*/true);
     layer.clear();
     for (size_t k = first; k < first + directions; k++) {
-      const Tensor h0 = hx.empty() ? h_zero : hx[0].select(0, k);
-      const OptionalTensor c0 = !lstm        ? std::nullopt
-                                : hx.empty() ? OptionalTensor(c_zero)
-                                             : OptionalTensor(hx[1].select(0, k));
+      const Tensor h0 = with_restored(hx.empty() ? h_zero : hx[0].select(0, k), 0, k);
+      OptionalTensor c0;
+      if (lstm) c0 = with_restored(hx.empty() ? c_zero : hx[1].select(0, k), 1, k);
       layer.push_back(
           layer_inputs(cell, x, h0, c0, &weights[k * each], bias, projected, k > first));
+      layer.back().resets = starts;
     }
     std::vector<LayerOutputs> out = run_layer(layer, differentiable);
     x = directions == 1 ? out[0].output : at::cat({out[0].output, out[1].output}, -1);

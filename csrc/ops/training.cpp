@@ -16,13 +16,13 @@ GeneralBackward general_backward;
 // What a node keeps that is no tensor, and how its tensors lie in lists without gaps.
 struct Layout : torch::CustomClassHolder {
   std::string cell, isa;
-  bool lstm, bias, projected;
+  bool lstm, bias, projected, resets;
   std::vector<bool> reverse;  // of each direction
 
   size_t directions() const { return reverse.size(); }
   size_t inputs() const { return 4 + lstm + 2 * bias + projected; }  // of a direction, with x
 
-  // x, then h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr of each direction.
+  // x, then h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr of each direction, then resets.
   variable_list flat(const std::vector<LayerInputs>& given) const {
     variable_list list{given[0].input};
     for (const LayerInputs& in : given) {
@@ -32,6 +32,7 @@ struct Layout : torch::CustomClassHolder {
       if (bias) list.insert(list.end(), {*in.b_ih, *in.b_hh});
       if (projected) list.push_back(*in.w_hr);
     }
+    if (resets) list.push_back(*given[0].resets);
     return list;
   }
 
@@ -46,6 +47,10 @@ struct Layout : torch::CustomClassHolder {
       if (bias) in.b_ih = *next++, in.b_hh = *next++;
       if (projected) in.w_hr = *next++;
       all.push_back(std::move(in));
+    }
+    if (resets) {
+      for (LayerInputs& in : all) in.resets = *next;
+      next++;
     }
     return all;
   }
@@ -124,7 +129,8 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     else
       given = layer_backward(inputs, saved, d, wanted, cuda::Path::kAuto);
 
-    variable_list gradients(1 + count * (layout.inputs() - 1) + 1);  // the last: of the layout
+    // The last: of the layout.
+    variable_list gradients(1 + count * (layout.inputs() - 1) + layout.resets + 1);
     for (size_t k = 0; k < count; k++)
       for (int i = 0; i < kLayerInputs; i++) {
         const int at = layout.position(k, i);
@@ -145,6 +151,7 @@ std::vector<LayerOutputs> differentiable_layer(const std::vector<LayerInputs>& d
   layout->lstm = first.c0.has_value();
   layout->bias = first.b_ih.has_value();
   layout->projected = first.w_hr.has_value();
+  layout->resets = first.resets.has_value();
   for (const LayerInputs& in : directions) layout->reverse.push_back(in.reverse);
   const variable_list flat = layout->flat(directions);
   const variable_list shown = LayerFunction::apply(at::TensorList(flat), layout);
