@@ -18,8 +18,9 @@ SHORTEST = 0.16  # of the longest sequence; lengths are even between the two, 58
 class Case:
     """One call of a module, and how it is measured.
 
-    ragged: a PackedSequence. stateful: the call is given a state. neighbours: processes that keep
-    a CPU busy meanwhile. threads: measured with so many, unless the user says otherwise.
+    ragged: a PackedSequence. stateful: the call is given a state. resets: at this share of the
+    steps of a sequence a new episode begins. neighbours: processes that keep a CPU busy meanwhile.
+    threads: measured with so many, unless the user says otherwise.
     """
 
     group: str
@@ -31,6 +32,7 @@ class Case:
     bidirectional: bool = False
     ragged: bool = False
     stateful: bool = False
+    resets: float = 0.0
     dtype: str = "float32"
     neighbours: int = 0
     threads: tuple = (ALL,)
@@ -43,6 +45,7 @@ class Case:
         parts += [f"l{self.layers}"] if self.layers > 1 else []
         parts += ["bi"] if self.bidirectional else []
         parts += ["ragged"] if self.ragged else []
+        parts += ["resets"] if self.resets else []
         parts += ["busy"] if self.neighbours else []
         return "-".join(parts)
 
@@ -168,6 +171,11 @@ def _in(dtype):
     return [Case(dtype, *shape, dtype=dtype) for shape in shapes]
 
 
+def _beyond():
+    common = {"resets": 0.01, "modes": ("training",)}
+    return [Case("beyond", batch, 64, 256, 256, **common) for batch in (4, 128)]
+
+
 # DeepBench (github.com/baidu-research/DeepBench): cell, hidden = inputs, steps, batches.
 GRU_STEPS = (187, 375, 750, 1500)
 DEEPBENCH = {
@@ -222,6 +230,7 @@ GROUPS = {
     "float64": ("double precision", lambda: _in("float64")),
     "bfloat16": ("half the bits", lambda: _in("bfloat16")),
     "busy": ("with one other busy process on the machine", _busy),
+    "beyond": ("what torch.nn's users write a loop over its cells for", _beyond),
     "deepbench": ("DeepBench's lists, up to 12 GFLOP a forward pass", _deepbench),
     "torch-rnn": ("torch-rnn's grid of character models", _torch_rnn),
 }

@@ -82,6 +82,12 @@ def variants(problem, training, truth):
         found["one direction"] = checked_ours(
             alone, training, *truth_of(alone, reference, training)
         )
+    if case.resets:
+        plain = peers.without_resets(problem)
+        reference = peers.torch_nn(plain, training)
+        found["without resets"] = checked_ours(
+            plain, training, *truth_of(plain, reference, training)
+        )
     for kind in peers.quantizable(case, training):
         runner = peers.quantized(problem, kind)
         errors = gate.errors(results_of(runner, training), truth)

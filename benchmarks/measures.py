@@ -89,7 +89,17 @@ def against(peer):
 def results(record):
     """A list of Results: of the promises for which the record has at least one row."""
     rows = Rows(record)
-    parts = (_means, _no_loss, _limits, _onnxruntime, _weights, _stream, _badly_served, _memory)
+    parts = (
+        _means,
+        _no_loss,
+        _limits,
+        _onnxruntime,
+        _weights,
+        _stream,
+        _badly_served,
+        _beyond,
+        _memory,
+    )
     return [result for part in (*parts, _neighbours) for result in part(rows)]
 
 
@@ -190,6 +200,21 @@ def _badly_served(rows):
         *worst("two directions cost, one is 1.0, B <= 4", 1.3, both, cost, 12, at_most=True),
         *worst("float64 LSTM against torch.nn", 2.5, doubles, torch_nn, 2 * cases_of("float64")),
     ]
+
+
+def _beyond(rows):
+    def cost(row):
+        alone = row.get("variants", {}).get("without resets")
+        return alone and 1 / alone["ratio"]["median"]
+
+    found = []
+    for batch, target in ((128, 2.5), (4, 8.0)):
+        chosen = rows.pick("beyond", cell="lstm", case=f"b{batch}-t64-i256-h256-resets")
+        text = f"training LSTM with resets against a loop over torch.nn's cell, batch {batch}"
+        found += worst(text, target, chosen, against(TORCH), 1)
+    text = "resets in 1 % of the steps cost the LSTM, 1.0 is none"
+    chosen = rows.pick("beyond", cell="lstm")
+    return found + worst(text, 1.05, chosen, cost, 2, at_most=True)
 
 
 def _memory(rows):

@@ -43,6 +43,8 @@ def torch_nn(problem, training):
 def obstacle(name, case, cell, training):
     """Why the peer ``name`` cannot run a case (a phrase), or None; whether it is installed is not
     asked."""
+    if case.resets and name != TORCH:
+        return f"{name} knows no resets"
     if name == "torch.compile":
         if case.ragged:
             return "torch.compile breaks at a PackedSequence"
@@ -138,6 +140,10 @@ def one_direction(problem):
         state=state,
         upstream=upstream,
     )
+
+
+def without_resets(problem):
+    return replace(problem, case=replace(problem.case, resets=0.0), resets=None)
 
 
 def quantized(problem, kind):

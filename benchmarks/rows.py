@@ -68,6 +68,8 @@ def remarks(row):
         ratio = variant["ratio"]["median"]
         if name == "one direction":
             found.append(f"costs {1 / ratio:.2f}x one direction")
+        elif name == "without resets":
+            found.append(f"costs {1 / ratio:.2f}x the layer without resets")
         else:
             found.append(f"{name}: {1 / ratio:.2f}x as fast, error {variant['error']:.1g}")
     if (ours := slowdown(row)) is not None:
