@@ -184,10 +184,7 @@ def _one_layer(
     return_cells=False,
 ):
     states = _check(name, input, hx, weights, batch_sizes, batch_first)
-    restored = _check_resets(name, input, resets, initial_state, weights)
     x = input.transpose(0, 1) if batch_first else input
-    if batch_first and resets is not None:
-        resets = resets.transpose(0, 1)
     w_hh, w_hr = weights[1], weights[4]
     if states is None:
         batch = x.size(1) if batch_sizes is None else int(batch_sizes[0])
@@ -198,7 +195,9 @@ def _one_layer(
         h0, c0 = states[0], states[-1]
     if name != "lstm":
         c0 = None
+    restored = _check_resets(name, input, h0.size(0), resets, initial_state, weights)
     if resets is not None:
+        resets = resets.transpose(0, 1) if batch_first else resets
         h0, c0 = with_restored(h0, c0, restored, batch_sizes is not None)
 
     run = ops.layer
@@ -364,15 +363,7 @@ def _check(name, input, hx, weights, batch_sizes, batch_first):
     for key, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {key} must be a tensor, got {type(tensor).__name__}")
-        if tensor.device != input.device:
-            raise RuntimeError(
-                f"{name}: {key} is on {tensor.device} but input on {input.device}; move one of them"
-            )
-        if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
-            raise ValueError(
-                f"{name}: {key} has dtype {tensor.dtype} but input {input.dtype}; "
-                "convert one of them"
-            )
+        check_like(name, key, tensor, input)
     if not input.is_floating_point():
         raise ValueError(f"{name}: input must have a floating-point dtype, got {input.dtype}")
     if ("b_ih" in named) != ("b_hh" in named):
@@ -404,6 +395,18 @@ def _check(name, input, hx, weights, batch_sizes, batch_first):
     return states
 
 
+def check_like(name: str, key: str, tensor: Tensor, input: Tensor) -> None:
+    """Raises unless ``tensor``, the argument ``key``, has the device and dtype of ``input``."""
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"{name}: {key} is on {tensor.device} but input on {input.device}; move one of them"
+        )
+    if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"{name}: {key} has dtype {tensor.dtype} but input {input.dtype}; convert one of them"
+        )
+
+
 def check_resets(name: str, resets: object, shape: Sequence[int], device: torch.device) -> None:
     """Raises unless ``resets`` is a bool tensor of this shape on this device."""
     if not isinstance(resets, Tensor):
@@ -423,7 +426,7 @@ def check_resets(name: str, resets: object, shape: Sequence[int], device: torch.
         )
 
 
-def _check_resets(name, input, resets, initial_state, weights):
+def _check_resets(name, input, batch, resets, initial_state, weights):
     """Raises unless these fit ``input``; returns ``initial_state`` as a tuple, or None."""
     if resets is not None:
         check_resets(name, resets, input.shape[:-1], input.device)
@@ -436,10 +439,11 @@ def _check_resets(name, input, resets, initial_state, weights):
         key = "initial_state" if name != "lstm" else f"initial_state[{i}]"
         if not isinstance(state, Tensor):
             raise TypeError(f"{name}: {key} must be a tensor, got {type(state).__name__}")
-        if state.dim() != 2 or state.size(1) != sizes[i]:
+        if state.shape not in ((1, sizes[i]), (batch, sizes[i])):
             raise RuntimeError(
-                f"{name}: {key} must have shape [B or 1, {sizes[i]}], got {list(state.shape)}"
+                f"{name}: {key} must have shape [{batch} or 1, {sizes[i]}], got {list(state.shape)}"
             )
+        check_like(name, key, state, input)
     return restored
 
 

@@ -252,8 +252,8 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
         batch that runs, or None; raises unless it and ``resets`` fit."""
         name = self._get_name()
         packed = isinstance(input, PackedSequence)
+        x = input.data if packed else input
         if resets is not None:
-            x = input.data if packed else input
             functional.check_resets(name, resets, x.shape[:-1], x.device)
         if initial_state is None:
             return None
@@ -276,6 +276,7 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
                     f"{name}: initial_state must have shape [{rows}, {batch} or 1, {width}], "
                     f"got {list(state.shape)}"
                 )
+            functional.check_like(name, "initial_state", state, x)
             if order is not None and state.size(1) > 1:
                 state = state.index_select(1, order)
             restored.append(state)
@@ -319,7 +320,7 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             return joined if restore is None else joined.index_select(1, restore)
         return joined.squeeze(1) if input.dim() == 2 else joined
 
-    def _run_with_lengths(self, input, hx, lengths, return_cells, resets, initial_state):
+    def _run_with_lengths(self, input, hx, lengths, return_cells, resets=None, initial_state=None):
         name = self._get_name()
         if isinstance(input, PackedSequence):
             raise ValueError(

@@ -242,25 +242,35 @@ class QuantizedLayers(torch.nn.Module):
         return groups
 
     def forward(
-        self, input: Any, hx: Any = None, *, lengths: Any = None, return_cells: bool = False
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Any = None,
+        resets: Any = None,
+        initial_state: Any = None,
+        return_cells: bool = False,
     ) -> Any:
         """As the float layer's, in float32 on the CPU.
 
         Raises:
             RuntimeError: gradients are asked for, dtypes, devices or sizes do not fit, or
                 torch.jit.trace is recording.
-            ValueError: ``lengths`` do not fit; ``return_cells``, which is not kept here.
+            ValueError: ``lengths`` do not fit; ``return_cells``, ``resets`` or ``initial_state``,
+                which its kernels do not know.
         """
         node = self._as_leaf(input, hx=hx, lengths=lengths)
         if node is not None:
             return node
-        if return_cells:
-            raise ValueError(f"{self._get_name()}: return_cells needs the float32 layer")
+        extras = {"return_cells": return_cells or None, "resets": resets}
+        for name, value in (extras | {"initial_state": initial_state}).items():
+            if value is not None:
+                raise ValueError(f"{self._get_name()}: {name} needs the float32 layer")
         if lengths is not None:
             return self._run_with_lengths(input, hx, lengths, False)[:2]
         return self._run(input, hx)[:2]
 
-    def _run(self, input, hx, lengths=None, return_cells=False):
+    def _run(self, input, hx, lengths=None, return_cells=False, resets=None, initial_state=None):
         if type(input) is Tensor and is_plain_call():
             results = self._run_plain(input, hx)
             if results is not None:
@@ -371,7 +381,7 @@ class QuantizedLayers(torch.nn.Module):
         )
 
 
-def _run_layer(cell, x, h0, c0, *tensors, batch_sizes, reverse, return_cells):
+def _run_layer(cell, x, h0, c0, *tensors, batch_sizes, reverse, resets, return_cells):
     """As `rnn_ext.ops.layer`, with the tensors of `QuantizedLayers._weights`."""
     compiling = torch.compiler.is_compiling()
     run = library.quantized_layer if compiling else _C.quantized_layer

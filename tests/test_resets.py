@@ -1,5 +1,6 @@
 """Episodes that begin inside a sequence: no state and no gradient crosses a reset."""
 
+import io
 from itertools import pairwise
 
 import pytest
@@ -379,7 +380,7 @@ def test_functional(name):
     with pytest.raises(ValueError, match="initial_state is what resets restore"):
         run(x, None, *weights, initial_state=first[1])
     wide = torch.utils._pytree.tree_map(lambda s: s.repeat(1, 2), first[1])
-    with pytest.raises(RuntimeError, match=r"initial_state(\[0\])? must have shape \[B or 1, 3\]"):
+    with pytest.raises(RuntimeError, match=r"initial_state(\[0\])? must have shape \[5 or 1, 3\]"):
         run(x, None, *weights, resets=resets, initial_state=wide)
 
 
@@ -419,6 +420,11 @@ BAD = {
         ValueError,
         r"initial_state must have shape \[1, 2 or 1, 3\], got \[1, 3, 3\]",
     ),
+    "dtype": (
+        {"resets": RESETS, "initial_state": torch.zeros(1, 2, 3, dtype=torch.float64)},
+        ValueError,
+        "initial_state has dtype torch.float64 but input torch.float32",
+    ),
     "lengths": (
         {"resets": RESETS[:3], "lengths": [5, 3]},
         ValueError,
@@ -443,3 +449,34 @@ def test_packed_input_takes_resets_of_its_rows():
     layer, packed = rnn_ext.GRU(4, 3), pack_padded_sequence(torch.randn(5, 2, 4), [5, 3])
     with pytest.raises(ValueError, match=r"GRU: resets must have shape \[8\]"):
         layer(packed, resets=RESETS)
+
+
+def test_who_else_refuses_resets():
+    layer, x = rnn_ext.LSTM(4, 3), torch.randn(5, 2, 4)
+    quantized = rnn_ext.quantize_weights(layer, "int8")
+    for name, value in (("resets", RESETS), ("initial_state", (x, x))):
+        with pytest.raises(ValueError, match=f"QuantizedLSTM: {name} needs the float32 layer"):
+            quantized(x, **{name: value})
+
+
+class Policy(torch.nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.layer = getattr(rnn_ext, name)(4, 3, bidirectional=True)
+
+    def forward(self, x, resets):
+        return self.layer(x, resets=resets)[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@each_layer
+def test_graphs_of_other_kinds(name):
+    """torch.fx and torch.jit.trace keep resets as an input; ONNX has no node for them."""
+    policy, x, resets = Policy(name), torch.randn(5, 2, 4), torch.rand(5, 2) < 0.5
+    expected = policy(x, resets)
+    assert torch.equal(torch.fx.symbolic_trace(policy)(x, resets), expected)
+    with pytest.warns(FallbackWarning, match=f"{name} with resets: torch.jit.trace records only"):
+        traced = torch.jit.trace(policy, (x, RESETS))
+    torch.testing.assert_close(traced(x, resets), expected)
+    with pytest.raises(RuntimeError, match=f"{name}: ONNX's layers know no resets"):
+        torch.onnx.export(policy, (x, resets), io.BytesIO(), dynamo=False)
