@@ -99,10 +99,12 @@ def layer(
     """As ``ops.layer``, where something is `watched`."""
     backend, obstacle = current(), _obstacle()
     if resets is not None and obstacle is None:
-        if _functorch.is_batchedtensor(resets):
+        bare = _without_transforms(resets)
+        if bare is None:
             obstacle = "resets that differ between the entries of torch.func.vmap have"
         else:
-            resets = resets.clone()  # the backward pass is not told of a change
+            with torch._C._DisableFuncTorch():  # which would wrap it again
+                resets = bare.clone()  # the backward pass is not told of a change
     if backend != "reference":
         if obstacle is None:
             backend = backend if tensors[0].is_cuda else "auto"
@@ -172,6 +174,15 @@ def _batched_by_autograd(tensors):
         if tensor is not None and _functorch.is_legacy_batchedtensor(tensor):
             return True
     return False
+
+
+def _without_transforms(tensor):
+    """What torch.func wrapped, or None if that has a dimension for the entries of a vmap."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return None
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _present(tensors):

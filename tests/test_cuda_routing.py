@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from twins import forget_warnings
 
 import rnn_ext
 from rnn_ext import _C, functional, library
@@ -223,3 +224,21 @@ def test_fake_kernels_know_what_is_saved_on_cuda(cell, dtype):
     assert middle.numel() == (6 * 7 if gates == 3 else 0) and middle.dtype == dtype
     assert {t.dtype for t in (output, h_n, c_n, cells)} == {dtype}
     assert library._on_cuda(output)
+
+
+@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_a_state_that_resets_restore_is_composed(built, kind):
+    forget_warnings()
+    module, x = on_cuda(kind)
+    initial = torch.ones(1, 2, 7).as_subclass(OnCuda)
+    options = {
+        "resets": torch.ones(3, 2, dtype=torch.bool).as_subclass(OnCuda),
+        "initial_state": (initial, initial) if kind == "LSTM" else initial,
+    }
+    text = f"{kind} with resets: an initial_state for resets has no CUDA kernel; composed"
+    with pytest.warns(rnn_ext.FallbackWarning, match=text):
+        output, _ = module(x, **options)
+    assert torch.equal(output[0], output[2]) and output.any()
+    with rnn_ext.use_backend("cuda-step"), pytest.raises(RuntimeError, match="has no CUDA kernel"):
+        module(x, **options)

@@ -331,6 +331,30 @@ def test_under_vmap(name, options):
     assert_same(each, torch.stack([layer(x[k], resets=resets[k])[0] for k in range(2)]))
 
 
+@pytest.mark.filterwarnings("ignore:rnn_ext. gradients of gradients have no kernel")
+@pytest.mark.filterwarnings("ignore:rnn_ext. forward-mode derivatives have no kernel")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_under_grad_and_jvp():
+    layer, _ = twins("LSTM", 4, 3, 2, bidirectional=True)
+    x, resets = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.rand(2, 5, 3) < 0.3
+
+    def loss(x, resets):
+        return layer(x, resets=resets)[0].square().sum()
+
+    def by_autograd(k):
+        leaf = x[k].clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf, resets[k]), leaf)[0]
+
+    expected = torch.stack([by_autograd(k) for k in range(2)])
+    assert_same(torch.func.grad(loss)(x[0], resets[0]), expected[0])
+    assert_same(
+        torch.func.jvp(lambda x: loss(x, resets[0]), (x[0],), (x[1],))[1],
+        (expected[0] * x[1]).sum(),
+    )
+    with pytest.warns(FallbackWarning, match="resets that differ between the entries"):
+        assert_same(torch.func.vmap(torch.func.grad(loss))(x, resets), expected)
+
+
 @each_layer
 def test_what_no_kernel_takes_is_composed(name):
     layer, _ = twins(name, 4, 3, bidirectional=True)
