@@ -145,6 +145,8 @@ class QuantizedLayers(torch.nn.Module):
     _joined = RecurrentLayers._joined
     _states = RecurrentLayers._states
     _run_with_lengths = RecurrentLayers._run_with_lengths
+    _run_gathered = RecurrentLayers._run_gathered
+    _checked_lengths = RecurrentLayers._checked_lengths
     _as_leaf = RecurrentLayers._as_leaf
 
     kind: str
