@@ -5,6 +5,7 @@
 // Threads split the loop as in forward.h; the products after it are split by rows of their result.
 #pragma once
 #include "forward.h"
+#include "gradient_control.h"
 #include "gradients.h"
 
 namespace rnn_ext::RNN_EXT_TARGET {
@@ -69,6 +70,8 @@ class Backward {
     if (a_.dw_hh) previous_ = arena.take<const value*>(rows);
     if (first_.depth >= kLongDepth || second_.depth >= kLongDepth)
       sums_ = arena.take<real>((first_.count() + second_.count()) * a_.steps.batch * width);
+    if (a_.clip != Clip::kNone || a_.dh_norms)
+      total_ = arena.take<real>(a_.steps.batch * total_width());
     scratch_ = arena.take<value>(a_.plan.threads * WeightGradient<value>::scratch());
     if (a_.dx) wide_dx_ = arena.take<real>(a_.plan.threads * input_sums<value>(a_.sizes.input));
   }
@@ -91,7 +94,8 @@ class Backward {
     if (a_.dx) {
       const long rows = a_.steps.total();
       input_gradient(segments, count, input_, member.begin(rows), member.end(rows), delta_,
-                     delta_width_, a_.dx, wide_dx_ + member.id * input_sums<value>(a_.sizes.input));
+                     delta_width_, a_.dx, wide_dx_ + member.id * input_sums<value>(a_.sizes.input),
+                     !a_.plan.pack);
     }
   }
 
@@ -140,7 +144,8 @@ class Backward {
     const long low = continuing < carried ? continuing : carried,
                high = continuing < carried ? carried : continuing;
     const long cuts[] = {0, low, high, rows};
-    for (int phase = 0; phase < Cell::phases; phase++) {
+    // body(begin, end, deltas of the next step or null) with the view that fits these rows
+    const auto for_ranges = [&](const auto& body) {
       for (int i = 0; i < 3; i++) {
         const long begin = cuts[i] > r0 ? cuts[i] : r0, end = cuts[i + 1] < r1 ? cuts[i + 1] : r1;
         if (begin >= end) continue;
@@ -148,19 +153,85 @@ class Backward {
         v.c_prev = begin < carried ? a_.c + before * hidden_ : a_.c0;
         const bool has_next = begin < continuing;
         v.add_carry = Cell::carries || !has_next;
-        if (phase == 0)
-          run_phase<0>(first_, share, v, has_next ? delta_ + later * delta_width_ : nullptr,
-                       delta_width_, begin, end, resets);
+        body(begin, end, has_next ? delta_ + later * delta_width_ : nullptr);
+      }
+    };
+    if (total_) {
+      for_ranges([&](long begin, long end, const value* operand) {
+        collect(share, v, operand, begin, end);
+      });
+      share.wait();
+      control(share, at, rows);
+      share.wait();
+      v.d_out = nullptr;
+    }
+    for (int phase = 0; phase < Cell::phases; phase++) {
+      for_ranges([&](long begin, long end, const value* operand) {
+        if (phase == 0 && total_)
+          finish_collected(share, v, begin, end);
+        else if (phase == 0)
+          run_phase<0>(first_, share, v, operand, delta_width_, begin, end, resets);
         else if constexpr (projected)
           run_phase<1>(second_, share, v, v.dh, output_, begin, end, resets);
         else if constexpr (Cell::phases == 2)
           run_phase<1>(second_, share, v, v.delta + 2 * hidden_, delta_width_, begin, end, resets);
-      }
+      });
       if (phase == 0 && a_.steps.exists(a_.steps.next(t)))
         starts(share, a_.steps.next(t), continuing);
       share.wait();
     }
   }
+
+  // total_ = dL/dh_t of rows [r0, r1), this member's units
+  void collect(const Share& share, const BackwardView<value>& view, const value* operand, long r0,
+               long r1) const {
+    const long p1 = share.panel_end(first_.count());
+    for (long p = share.panel_begin(first_.count()); p < p1; p++)
+      for_row_blocks(r0, r1, kTileRows<2>, [&](long first, int count) {
+        real* to = total_ + first * total_width() + p * width;
+        if (operand)
+          tile_long<value, 2>(count, first_.depth, operand + first * delta_width_, delta_width_,
+                              kTogether<value>, first_.panel(p), to, total_width(), false);
+        for (int i = 0; i < count; i++)
+          for_units<value, PlainPanel>(p, output_, [&](int b, long block, int n) {
+            real* units = to + i * total_width() + b * lanes;
+            const Vec<value> product = operand ? load(units) : Vec<value>{};
+            store(units, upstream(view, first + i, block * lanes, n, product));
+          });
+      });
+  }
+
+  // Notes the norms of the rows of total_, which start at row `at` of all, and clips them.
+  void control(const Share& share, long at, long rows) const {
+    const bool shared = share.split == Split::kColumns;
+    const long r0 = shared ? share.member.begin(rows) : share.row_begin(),
+               r1 = shared ? share.member.end(rows) : share.row_end(rows);
+    for (long r = r0; r < r1; r++) {
+      real* row = total_ + r * total_width();
+      double norm = 0;
+      if (a_.dh_norms || a_.clip == Clip::kNorm) norm = norm_of(row, output_);
+      if (a_.dh_norms) a_.dh_norms[at + r] = real(norm);
+      if (a_.clip == Clip::kValue) clip_values(row, output_, real(a_.limit));
+      if (a_.clip == Clip::kNorm && norm > a_.limit) scale(row, output_, real(a_.limit / norm));
+    }
+  }
+
+  // The first phase of the cell's vjp, from total_
+  void finish_collected(const Share& share, BackwardView<value> view, long r0, long r1) const {
+    view.add_carry = false;
+    alignas(64) real products[kTileRows<2> * width];
+    const long p1 = share.panel_end(first_.count());
+    for (long p = share.panel_begin(first_.count()); p < p1; p++)
+      for_row_blocks(r0, r1, kTileRows<2>, [&](long first, int count) {
+        for (int i = 0; i < count; i++)
+          for (int b = 0; b < 2; b++)
+            store(products + (i * 2 + b) * lanes,
+                  load(total_ + (first + i) * total_width() + p * width + b * lanes));
+        finish_backward<value, Cell, 0>(view, first, count, p, output_, products);
+      });
+  }
+
+  long total_width() const { return first_.count() * width; }
 
   // dh0 of the sequences from row `first` on, which start at step t; where that is a reset, nothing
   // reaches h0 and c0.
@@ -321,6 +392,7 @@ class Backward {
     const long step = a_.groups, rows = a_.steps.total() / step;
     const long all = Cell::gates * hidden_;
     value* scratch = scratch_ + id * WeightGradient<value>::scratch();
+    const SumOrder order{!a_.steps.reverse, a_.add};
     const value* delta = delta_ + group * delta_width_;
     const auto of_group = [&](real* d, long size) { return d ? d + group * size : nullptr; };
     real *dw_ih = of_group(a_.dw_ih, all * a_.sizes.input),
@@ -337,11 +409,11 @@ class Backward {
         targets[wanted++] = {rows_of(a_.middle, hidden_, group), hidden_, dw_hh};
       if (wanted)
         WeightGradient<value>::run(*s, begin, end, delta, step * delta_width_, targets, wanted,
-                                   rows, scratch);
+                                   rows, order, scratch);
       real* db_ih = s->input ? of_group(a_.db_ih, all) : nullptr;
       real* db_hh = s->recurrent != Operand::kNone ? of_group(a_.db_hh, all) : nullptr;
       if (db_ih || db_hh)
-        bias_gradient(*s, begin, end, delta, step * delta_width_, rows, db_ih, db_hh);
+        bias_gradient(*s, begin, end, delta, step * delta_width_, rows, order, db_ih, db_hh);
     }
     if constexpr (projected)
       if (a_.dw_hr) {
@@ -349,7 +421,7 @@ class Backward {
                                    of_group(a_.dw_hr, output_ * hidden_)};
         WeightGradient<value>::run({0, 0, output_, false, Operand::kNone}, m.begin(output_),
                                    m.end(output_), dh_ + group * output_, step * output_, &target,
-                                   1, rows, scratch);
+                                   1, rows, order, scratch);
       }
   }
 
@@ -362,6 +434,7 @@ class Backward {
   ColumnPanels<value> input_{}, first_{}, second_{};
   value *delta_ = nullptr, *dh_ = nullptr, *scratch_ = nullptr;
   real *carry_ = nullptr, *sums_ = nullptr, *wide_dx_ = nullptr;
+  real* total_ = nullptr;  // where dL/dh_t is looked at before it goes on: of the rows of a step
   const value** previous_ = nullptr;
 };
 

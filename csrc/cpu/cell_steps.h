@@ -63,8 +63,9 @@ template <class value>
 RNN_EXT_INLINE Vec<value> upstream(const BackwardView<value>& v, long row, long unit, int lanes,
                                    Vec<value> product) {
   const long at = row * v.output + unit;
-  if (v.d_out) product += load(v.d_out + at, lanes);
+  // In this order a sequence may be cut anywhere: what its later part hands on is the first sum.
   if (v.add_carry) product += load(v.carry + at, lanes);
+  if (v.d_out) product += load(v.d_out + at, lanes);
   return product;
 }
 

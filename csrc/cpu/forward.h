@@ -91,7 +91,8 @@ class Forward {
     else
       second_ = {a_.weights.hh + Cell::recurrent_gates * hidden_ * output_, hidden_, hidden_,
                  nullptr};
-    keep_all_gates_ = save && Cell::keeps_gates;
+    keep_all_gates_ = save && Cell::keeps_gates && a_.gates;
+    keep_all_middle_ = save && Cell::keeps_middle && a_.middle;
 
     Arena sizes;
     lay_out(sizes);
@@ -113,7 +114,8 @@ class Forward {
         second_.packed = arena.take<value>(Panels<value, PlainPanel>::size(second_.units, hidden_));
     }
     gates_ = keep_all_gates_ ? a_.gates : arena.take<real>(chunk_rows() * width_);
-    middle_ = save || !Cell::keeps_middle ? a_.middle : arena.take<value>(a_.steps.batch * hidden_);
+    middle_ = keep_all_middle_ || !Cell::keeps_middle ? a_.middle
+                                                      : arena.take<value>(a_.steps.batch * hidden_);
   }
 
   long chunk_steps() const {
@@ -169,7 +171,8 @@ class Forward {
                                        : a_.steps.begin(t) - a_.steps.begin(low);
   }
 
-  // gates = x W for the steps [low, high), this member's part
+  // gates = x W for the steps [low, high), this member's part. A row's values are the same in
+  // whatever chunk it stands: a part of a sequence gives what the whole gave.
   void project(const Share& share, long low, long high) const {
     const long p0 = share.panel_begin(input_.count()), p1 = share.panel_end(input_.count());
     const auto rows = [&](long begin, long end, long base) {
@@ -177,9 +180,9 @@ class Forward {
         const long stop = m + kProjectionRows < end ? m + kProjectionRows : end;
         for (long p = p0; p < p1; p++)
           for_row_blocks(m, stop, kTileRows<Gates::vectors>, [&](long first, int count) {
-            input_.multiply(p, count, a_.x + first * a_.sizes.input, a_.sizes.input,
-                            gates_ + (first - base) * width_ + p * Gates::vectors * lanes, width_,
-                            false);
+            input_.template multiply<false>(
+                p, count, a_.x + first * a_.sizes.input, a_.sizes.input,
+                gates_ + (first - base) * width_ + p * Gates::vectors * lanes, width_, false);
           });
       }
     };
@@ -205,7 +208,7 @@ class Forward {
     v.bias = bias_;
     v.hidden_bias = hidden_bias_;
     v.h = a_.out + at * output_;
-    v.middle = middle_ + (save && Cell::keeps_middle ? at * hidden_ : 0);
+    v.middle = middle_ + (keep_all_middle_ ? at * hidden_ : 0);
     v.c = a_.c + (save && Cell::has_cell_state ? at * hidden_ : 0);
     ForwardView<value> fresh = v, reset = v;
     v.h_prev = a_.out + before * output_;
@@ -275,7 +278,7 @@ class Forward {
 
   const ForwardArgs<value>& a_;
   const long hidden_, output_, width_;
-  bool keep_all_gates_ = false;
+  bool keep_all_gates_ = false, keep_all_middle_ = false;
   Panels<value, Gates> input_{};
   Panels<value, First> first_{};
   Panels<value, PlainPanel> second_{};

@@ -19,20 +19,22 @@ struct Rows {
 // A register tile of two vectors, of which only the first `wide` columns of the result exist.
 template <class value>
 RNN_EXT_INLINE void add_tile(int rows, long depth, const value* a, long a_row, long a_step,
-                             const value* b, Real<value>* c, long c_row, long wide, bool add) {
+                             const value* b, Real<value>* c, long c_row, long wide, bool add,
+                             bool chained = true) {
   using real = Real<value>;
   constexpr int width = 2 * kLanes<value>;
+  const auto multiply = chained ? tile_for<value, 2>(rows) : tile_for<value, 2, false>(rows);
   // The result comes from afar and is needed last: it arrives while the tile multiplies.
   for (int i = 0; i < rows; i++) {
     __builtin_prefetch(c + i * c_row, 1);
     __builtin_prefetch(c + i * c_row + kLanes<value>, 1);
   }
   if (wide == width) {
-    tile_for<value, 2>(rows)(depth, a, a_row, a_step, b, c, c_row, add);
+    multiply(depth, a, a_row, a_step, b, c, c_row, add);
     return;
   }
   alignas(64) real part[kTileRows<2> * width];
-  tile_for<value, 2>(rows)(depth, a, a_row, a_step, b, part, width, false);
+  multiply(depth, a, a_row, a_step, b, part, width, false);
   for (int i = 0; i < rows; i++)
     for (long l = 0; l < wide; l++) {
       real* to = c + i * c_row + l;
@@ -49,6 +51,23 @@ struct Target {
   Real<value>* out;
 };
 
+// Sums over the rows of delta are cut into blocks of kSumLength rows, counted from row 0, and added
+// up in the order in which the backward time loop comes to them, onto what is there already with
+// `add`: a sequence that is cut where blocks end (rnn_ext/memory.py) gives the same numbers.
+struct SumOrder {
+  bool descending, add;
+
+  // Calls body(first row, rows, whether the result starts from what is there).
+  template <class Body>
+  RNN_EXT_INLINE void for_blocks(long rows, long length, const Body& body) const {
+    const long blocks = (rows + length - 1) / length;
+    for (long i = 0; i < blocks; i++) {
+      const long k = (descending ? blocks - 1 - i : i) * length;
+      body(k, rows - k < length ? rows - k : length, add || i > 0);
+    }
+  }
+};
+
 // Products of the same deltas with one or two matrices. One thread; packs strips of deltas and
 // panels of x so that the register tile reads both in order.
 template <class value>
@@ -57,7 +76,7 @@ class WeightGradient {
   using F = Factors<value>;
   static constexpr int lanes = kLanes<value>, width = 2 * lanes, strip = kTileRows<2>;
   static constexpr int together = kTogether<value>;
-  static constexpr long kDepth = 256 * together, kStrips = 44;
+  static constexpr long kDepth = kSumLength<value>, kStrips = 44;
 
  public:
   static size_t scratch() {
@@ -67,26 +86,25 @@ class WeightGradient {
   // Rows [begin, end) of a segment; `scratch` is this thread's own.
   RNN_EXT_NOINLINE static void run(const Segment& segment, long begin, long end, const value* delta,
                                    long delta_width, const Target<value>* targets, int count,
-                                   long depth, value* scratch) {
+                                   long depth, SumOrder order, value* scratch) {
     value *strips = scratch, *panel = scratch + kStrips * strip * kDepth + width * together;
     const long strips_in_all = (end - begin + strip - 1) / strip;
     const long blocks = (strips_in_all + kStrips - 1) / kStrips;
     const long block = blocks ? (strips_in_all + blocks - 1) / blocks * strip : 1;
     for (long m = begin; m < end; m += block) {
       const long rows = end - m < block ? end - m : block;
-      for (long k = 0; k < depth; k += kDepth) {
-        const long part = depth - k < kDepth ? depth - k : kDepth;
+      order.for_blocks(depth, kDepth, [&](long k, long part, bool add) {
         pack_strips(delta + k * delta_width + segment.delta_column + m, delta_width, rows, part,
                     strips);
         for (const Target<value>* target = targets; target < targets + count; target++)
-          multiply(*target, segment.weight_row + m, rows, k, part, strips, panel);
-      }
+          multiply(*target, segment.weight_row + m, rows, k, part, add, strips, panel);
+      });
     }
   }
 
  private:
   static void multiply(const Target<value>& target, long row, long rows, long k, long depth,
-                       const value* strips, value* panel) {
+                       bool add, const value* strips, value* panel) {
     for (long n = 0; n < target.columns; n += width) {
       const long wide = target.columns - n < width ? target.columns - n : width;
       pack_panel(target.x, k, depth, n, wide, panel);
@@ -94,7 +112,7 @@ class WeightGradient {
       for (long s = 0; s * strip < rows; s++) {
         const int count = rows - s * strip < strip ? int(rows - s * strip) : strip;
         add_tile<value>(count, depth, strips + s * strip * kDepth, together, strip * together,
-                        panel, to + s * strip * target.columns, target.columns, wide, k > 0);
+                        panel, to + s * strip * target.columns, target.columns, wide, add);
       }
     }
   }
@@ -147,13 +165,19 @@ RNN_EXT_NOINLINE void sum_rows(const value* first, long stride, long rows, int l
 // or two places.
 template <class value>
 RNN_EXT_NOINLINE void bias_gradient(const Segment& segment, long begin, long end,
-                                    const value* delta, long delta_width, long rows,
+                                    const value* delta, long delta_width, long rows, SumOrder order,
                                     Real<value>* out, Real<value>* also_out) {
   constexpr int w = kLanes<value>;
   for (long u = begin; u < end; u += w) {
     const int lanes = end - u < w ? int(end - u) : w;
-    Vec<value> sum;
-    sum_rows(delta + segment.delta_column + u, delta_width, rows, lanes, sum);
+    Vec<value> sum{};
+    if (order.add) sum = load((out ? out : also_out) + segment.weight_row + u, lanes);
+    order.for_blocks(rows, kSumLength<value>, [&](long k, long part, bool) {
+      Vec<value> of_block;
+      sum_rows(delta + k * delta_width + segment.delta_column + u, delta_width, part, lanes,
+               of_block);
+      sum += of_block;
+    });
     if (out) store(out + segment.weight_row + u, sum, lanes);
     if (also_out) store(also_out + segment.weight_row + u, sum, lanes);
   }
@@ -173,7 +197,7 @@ template <class value>
 RNN_EXT_NOINLINE void input_gradient(const Segment* segments, int count,
                                      const ColumnPanels<value>& panels, long begin, long end,
                                      const value* delta, long delta_width, value* dx,
-                                     Real<value>* sums) {
+                                     Real<value>* sums, bool chained) {
   constexpr int width = ColumnPanels<value>::width, strip = kTileRows<2>, w = kLanes<value>;
   constexpr long piece = kSumLength<value>;
   const long columns = panels.columns;
@@ -193,7 +217,7 @@ RNN_EXT_NOINLINE void input_gradient(const Segment* segments, int count,
                             delta_width, kTogether<value>,
                             panels.panel(p) + (segments[s].weight_row + k) * width,
                             to + (first - m) * columns + p * width, columns,
-                            left < width ? left : width, !first_sum);
+                            left < width ? left : width, !first_sum, chained);
           });
       }
     }

@@ -79,11 +79,13 @@ struct Panels {
   }
 
   // c[row_count][vectors * kLanes] (+)= rows a times panel p
+  template <bool chained = true>
   RNN_EXT_INLINE void multiply(long p, int row_count, const value* a, long a_row, real* c,
                                long c_row, bool accumulate) const {
     if (packed)
-      tile_long<value, Shape::vectors>(row_count, depth, a, a_row, together,
-                                       packed + p * panel_size(depth), c, c_row, accumulate);
+      tile_long<value, Shape::vectors, chained>(row_count, depth, a, a_row, together,
+                                                packed + p * panel_size(depth), c, c_row,
+                                                accumulate);
     else
       multiply_in_place(p, row_count, a, a_row, c, c_row, accumulate);
   }

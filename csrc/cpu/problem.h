@@ -94,14 +94,20 @@ struct ForwardArgs {
   const real* c0;   // [B, H], LSTM
   value* out;       // [N, P]
   real* c;  // LSTM: [N, H] when saving; otherwise [B, H], holding c0 on entry and c_n afterwards
-  // Saving, cells with gates: [N, gates_width] activations in panel order; otherwise null.
+  // Saving, cells with gates: [N, gates_width] activations in panel order, or null: not kept.
   real* gates;
-  // Saving, [N, H]: GRU's U_n h' + b_rn, reset-before GRU's r h', projected LSTM's o tanh(c).
+  // Saving, [N, H]: GRU's U_n h' + b_rn, reset-before GRU's r h', projected LSTM's o tanh(c); or
+  // null: not kept.
   value* middle;
   Resets<value> resets;
   bool save;  // keep what the backward pass needs
   Plan plan;
 };
+
+// What happens to dL/dh_t, as it has arrived from the output at t and from later steps, before it
+// goes on to the cell: each of its values, or the norm of each sequence's row, is held within
+// `limit`.
+enum class Clip { kNone, kValue, kNorm };
 
 template <class value>
 struct BackwardArgs {
@@ -123,6 +129,10 @@ struct BackwardArgs {
   // Weights and biases get a gradient for each group of sequences, one after the other; sequence b
   // belongs to group b % groups. Divides the rows of every step.
   long groups;
+  bool add;  // gradients of weights and biases are added to what is there
+  Clip clip;
+  double limit;
+  real* dh_norms;  // [N] or null: the norm of each row of dL/dh_t, before it is clipped
   Plan plan;
 };
 

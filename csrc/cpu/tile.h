@@ -22,15 +22,17 @@ constexpr long kSumLength = 256 * kTogether<value>;
 // C[rows, vectors] (+)= A[rows, depth] B[depth, vectors]. Group k of A's row i (products.h) is at
 // a[i * a_row + k * a_step], so that rows as they lie have a_step = kTogether; groups of B's rows
 // follow each other. Small tiles run several sums side by side to cover the latency of the
-// multiply-add.
-template <class value, int rows, int vectors>
+// multiply-add; not `chained` they do not, and a row's result does not depend on how many rows its
+// tile has.
+template <class value, int rows, int vectors, bool chained>
 RNN_EXT_NOINLINE void tile(long depth, const value* a, long a_row, long a_step, const value* b,
                            Real<value>* c, long c_row, bool accumulate) {
   using real = Real<value>;
   using F = Factors<value>;
   constexpr int lanes = kLanes<value>, together = kTogether<value>;
   const long groups = depth / together;
-  constexpr int chains = rows * vectors >= 8 ? 1 : (7 + rows * vectors) / (rows * vectors);
+  constexpr int chains =
+      !chained || rows * vectors >= 8 ? 1 : (7 + rows * vectors) / (rows * vectors);
   Vec<real> acc[chains][rows][vectors];
   RNN_EXT_UNROLL
   for (int s = 0; s < chains; s++) RNN_EXT_UNROLL
@@ -86,25 +88,27 @@ template <class value>
 using TileFunction = void (*)(long, const value*, long, long, const value*, Real<value>*, long,
                               bool);
 
-template <class value, int vectors, class Rows>
+template <class value, int vectors, bool chained, class Rows>
 struct TileTable;
-template <class value, int vectors, size_t... i>
-struct TileTable<value, vectors, std::index_sequence<i...>> {
-  static constexpr TileFunction<value> by_rows[] = {tile<value, int(i) + 1, vectors>...};
+template <class value, int vectors, bool chained, size_t... i>
+struct TileTable<value, vectors, chained, std::index_sequence<i...>> {
+  static constexpr TileFunction<value> by_rows[] = {tile < value, int(i) + 1, vectors,
+                                                    chained || (i + 1) * vectors >= 8 > ...};
 };
 
 // The tile for 1 <= rows <= kTileRows<vectors>.
-template <class value, int vectors>
+template <class value, int vectors, bool chained = true>
 RNN_EXT_INLINE TileFunction<value> tile_for(int rows) {
-  return TileTable<value, vectors, std::make_index_sequence<kTileRows<vectors>>>::by_rows[rows - 1];
+  return TileTable<value, vectors, chained,
+                   std::make_index_sequence<kTileRows<vectors>>>::by_rows[rows - 1];
 }
 
 // As tile, for sums of any length.
-template <class value, int vectors>
+template <class value, int vectors, bool chained = true>
 RNN_EXT_INLINE void tile_long(int rows, long depth, const value* a, long a_row, long a_step,
                               const value* b, Real<value>* c, long c_row, bool accumulate) {
   constexpr long piece = kSumLength<value>;
-  const TileFunction<value> run = tile_for<value, vectors>(rows);
+  const TileFunction<value> run = tile_for<value, vectors, chained>(rows);
   for (long k = 0; k < depth || k == 0; k += piece) {
     const long part = depth - k < piece ? depth - k : piece;
     run(part, a + k / kTogether<value> * a_step, a_row, a_step, b + k * vectors * kLanes<value>, c,

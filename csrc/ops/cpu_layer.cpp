@@ -144,7 +144,7 @@ class ForwardPass {
 
  public:
   ForwardPass(const Call& call, const Kernels& kernels, const LayerInputs& in, bool save,
-              const Plan& plan)
+              const PassOptions& options, const Plan& plan)
       : call_(call), save_(save), kernels_(kernels) {
     const Sizes& s = call.sizes;
     if (save) out_.saved.isa = kernels_.name;
@@ -154,7 +154,7 @@ class ForwardPass {
       out_.c_n = at::empty({call.batch, s.hidden}, kDtype<real>);
       copy_values<real>(call.restores ? in.c0->narrow(0, 0, call.batch) : *in.c0, *out_.c_n);
     }
-    if (save) {
+    if (save && options.keep_gates) {
       const long width = kernels_.gates_width(call.kind, s.hidden, sizeof(real));
       if (width) out_.saved.gates = large_empty({call.rows, width}, kDtype<real>);
       if (call.gates == 3 || in.w_hr)
@@ -205,8 +205,9 @@ class BackwardPass {
 
  public:
   BackwardPass(const Call& call, const Kernels& kernels, const LayerInputs& in, const Saved& saved,
-               const LayerGradients& d, const Wanted& wanted, const Plan& plan)
-      : call_(call), kernels_(kernels), wanted_(wanted) {
+               const LayerGradients& d, const Wanted& wanted, const PassOptions& options,
+               const Plan& plan)
+      : call_(call), kernels_(kernels), wanted_(wanted), options_(options) {
     const Sizes& s = call.sizes;
     allocate(0, in.input, kDtype<value>);
     allocate(1, in.h0);
@@ -244,6 +245,10 @@ class BackwardPass {
     args_.db_hh = writable<real>(out_[6]);
     args_.dw_hr = writable<real>(out_[7]);
     args_.groups = call.groups;
+    args_.add = !options.sums.empty();
+    args_.clip = options.clip;
+    args_.limit = options.limit;
+    args_.dh_norms = options.dh_norms.defined() ? writable<real>(options.dh_norms) : nullptr;
     args_.plan = plan;
   }
 
@@ -252,7 +257,7 @@ class BackwardPass {
   InputGradients gradients() {
     for (int i = 0; i < kLayerInputs; i++) {
       if (!wanted_[i]) out_[i].reset();
-      if (out_[i]) out_[i] = converted(*out_[i], call_.dtype);
+      if (out_[i] && options_.sums.empty()) out_[i] = converted(*out_[i], call_.dtype);
     }
     return std::move(out_);
   }
@@ -271,6 +276,10 @@ class BackwardPass {
 
   void allocate(int i, const Tensor& like, at::ScalarType dtype = kDtype<real>) {
     if (!wanted_[i]) return;
+    if (i >= kFirstWeight && !options_.sums.empty()) {
+      out_[i] = options_.sums[i - kFirstWeight];
+      return;
+    }
     at::IntArrayRef shape = like.sizes();
     std::vector<int64_t> of_each;
     if (call_.groups > 1 && i >= kFirstWeight) {
@@ -284,16 +293,24 @@ class BackwardPass {
   const Call& call_;
   const Kernels& kernels_;
   const Wanted wanted_;
+  const PassOptions& options_;
   Operands operands_;
   InputGradients out_;
   BackwardArgs<value> args_{};
 };
 
 template <class value>
-PlanShape plan_shape(const Call& call) {
+PlanShape plan_shape(const Call& call, const PassOptions& options) {
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return {call.steps,        call.batch, call.sizes.input,    call.sizes.hidden,
-          call.sizes.output, call.gates, long(sizeof(value)), threads};
+  const bool part = options.planned_steps > 0;
+  return {part ? options.planned_steps : call.steps,
+          part ? options.planned_batch : call.batch,
+          call.sizes.input,
+          call.sizes.hidden,
+          call.sizes.output,
+          call.gates,
+          long(sizeof(value)),
+          threads};
 }
 
 template <class Pass>
@@ -316,11 +333,14 @@ void run_all(const std::vector<Pass>& passes, bool side_by_side) {
 
 template <class value>
 std::vector<LayerOutputs> forward(const Call& call, const Kernels& kernels,
-                                  std::span<const LayerInputs> directions, bool save) {
-  const auto [plan, side_by_side] = choose_plan(plan_shape<value>(call), directions.size());
+                                  std::span<const LayerInputs> directions, bool save,
+                                  const PassOptions& options) {
+  const auto [plan, side_by_side] =
+      choose_plan(plan_shape<value>(call, options), directions.size());
   std::vector<ForwardPass<value>> passes;
   passes.reserve(directions.size());
-  for (const LayerInputs& in : directions) passes.emplace_back(call, kernels, in, save, plan);
+  for (const LayerInputs& in : directions)
+    passes.emplace_back(call, kernels, in, save, options, plan);
   if (call.rows) run_all(passes, side_by_side);
   std::vector<LayerOutputs> out;
   for (ForwardPass<value>& pass : passes) out.push_back(pass.outputs());
@@ -332,12 +352,13 @@ std::vector<InputGradients> backward(const Call& call, const Kernels& kernels,
                                      std::span<const LayerInputs> directions,
                                      std::span<const Saved> saved,
                                      std::span<const LayerGradients> d,
-                                     std::span<const Wanted> wanted) {
-  const auto [plan, side_by_side] = choose_plan(plan_shape<value>(call), directions.size());
+                                     std::span<const Wanted> wanted, const PassOptions& options) {
+  const auto [plan, side_by_side] =
+      choose_plan(plan_shape<value>(call, options), directions.size());
   std::vector<BackwardPass<value>> passes;
   passes.reserve(directions.size());
   for (size_t i = 0; i < directions.size(); i++)
-    passes.emplace_back(call, kernels, directions[i], saved[i], d[i], wanted[i], plan);
+    passes.emplace_back(call, kernels, directions[i], saved[i], d[i], wanted[i], options, plan);
   if (call.rows) run_all(passes, side_by_side);
   std::vector<InputGradients> out;
   for (BackwardPass<value>& pass : passes) out.push_back(pass.gradients());
@@ -355,21 +376,20 @@ auto with_value(const Call& call, const Kernels& kernels, const Body& body) {
 }  // namespace
 
 std::vector<LayerOutputs> cpu_layer_forward(const Call& call,
-                                            std::span<const LayerInputs> directions, bool save) {
+                                            std::span<const LayerInputs> directions, bool save,
+                                            const PassOptions& options) {
   const Kernels& kernels = active_kernels();
   return with_value(call, kernels, [&](auto value) {
-    return forward<decltype(value)>(call, kernels, directions, save);
+    return forward<decltype(value)>(call, kernels, directions, save, options);
   });
 }
 
-std::vector<InputGradients> cpu_layer_backward(const Call& call,
-                                               std::span<const LayerInputs> directions,
-                                               std::span<const Saved> saved,
-                                               std::span<const LayerGradients> d,
-                                               std::span<const Wanted> wanted) {
+std::vector<InputGradients> cpu_layer_backward(
+    const Call& call, std::span<const LayerInputs> directions, std::span<const Saved> saved,
+    std::span<const LayerGradients> d, std::span<const Wanted> wanted, const PassOptions& options) {
   const Kernels& kernels = kernels_named(saved[0].isa);
   return with_value(call, kernels, [&](auto value) {
-    return backward<decltype(value)>(call, kernels, directions, saved, d, wanted);
+    return backward<decltype(value)>(call, kernels, directions, saved, d, wanted, options);
   });
 }
 

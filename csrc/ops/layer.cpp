@@ -26,6 +26,13 @@ void check_tensor(const char* name, const OptionalTensor& t, const Tensor& like,
   if (t) check_tensor(name, *t, like, shape);
 }
 
+// A state that one part of a sequence hands to the next on the CPU may be wider than the input.
+void check_state(const char* name, const Tensor& t, const Call& call, const Tensor& like,
+                 at::IntArrayRef shape) {
+  const bool wide = like.is_cpu() && t.scalar_type() == call.compute;
+  check_tensor(name, t, wide ? t : like, shape);
+}
+
 void read_batch_sizes(const Tensor& batch_sizes, Call& call) {
   TORCH_CHECK(batch_sizes.device().is_cpu() && batch_sizes.scalar_type() == at::kLong &&
                   batch_sizes.dim() == 1 && batch_sizes.size(0) > 0,
@@ -100,8 +107,8 @@ Call check_call(const LayerInputs& in) {
     call.restores = call.batch && in.h0.dim() == 2 && in.h0.size(0) == 2 * call.batch;
   }
   const long states = call.restores ? 2 * call.batch : call.batch;
-  check_tensor("h0", in.h0, in.input, {states, s.output});
-  check_tensor("c0", in.c0, in.input, {states, hidden});
+  check_state("h0", in.h0, call, in.input, {states, s.output});
+  if (lstm) check_state("c0", *in.c0, call, in.input, {states, hidden});
   check_tensor("w_ih", in.w_ih, in.input, {all, s.input});
   check_tensor("w_hh", in.w_hh, in.input, {all, s.output});
   check_tensor("b_ih", in.b_ih, in.input, {all});
