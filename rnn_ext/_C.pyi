@@ -57,6 +57,31 @@ def layer_backward(
     backend: str,
     /,
 ) -> list[_Optional]: ...
+def partial_forward(
+    cell: str,
+    tensors: Sequence[_Optional],
+    batch_sizes: _Optional,
+    reverse: bool,
+    keep_gates: bool,
+    planned: tuple[int, int],
+    /,
+) -> tuple[Any, ...]: ...
+def partial_backward(
+    cell: str,
+    tensors: Sequence[_Optional],
+    batch_sizes: _Optional,
+    reverse: bool,
+    kept: Sequence[_Optional],
+    isa: str,
+    upstream: Sequence[_Optional],
+    wanted: _Wanted,
+    planned: tuple[int, int],
+    sums: Sequence[_Optional],
+    clip: str,
+    limit: float,
+    dh_norms: _Optional,
+    /,
+) -> list[_Optional]: ...
 def both_forward(
     cell: str,
     input: Tensor,

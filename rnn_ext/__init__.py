@@ -57,6 +57,7 @@ _check_extension()
 from . import functional, reference  # noqa: E402
 from .backend import FallbackWarning, backends, use_backend  # noqa: E402
 from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
+from .diagnostics import GradientFlow, gradient_flow  # noqa: E402
 from .modules import GRU, LSTM, RNN  # noqa: E402
 from .plan import Plan, explain  # noqa: E402
 from .quantization import quantize_weights  # noqa: E402
@@ -68,6 +69,7 @@ __all__ = [
     "RNN",
     "FallbackWarning",
     "GRUCell",
+    "GradientFlow",
     "LSTMCell",
     "Plan",
     "RNNCell",
@@ -76,6 +78,7 @@ __all__ = [
     "backends",
     "explain",
     "functional",
+    "gradient_flow",
     "quantize_weights",
     "reference",
     "restore",

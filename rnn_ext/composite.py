@@ -77,10 +77,12 @@ def layer(
     reverse: bool = False,
     resets: Tensor | None = None,
     return_cells: bool = True,
+    watch: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """One layer in one direction; arguments and results as of ``ops.layer``.
 
     float16 and bfloat16 are computed in float32 and rounded at the end, as the kernels do it.
+    ``watch`` gets every h_t and returns what stands for it from then on.
     """
     dtype = input.dtype
     if dtype in (torch.float16, torch.bfloat16):
@@ -90,6 +92,7 @@ def layer(
         )
     projected = linear(input, w_ih, b_ih)
     steps = projected.unbind(0) if batch_sizes is None else projected.split(batch_sizes.tolist())
+    step = STEPS[cell] if watch is None else _watched(STEPS[cell], watch)
     restored = None
     if resets is not None:
         cuts = resets.unsqueeze(-1)
@@ -98,7 +101,7 @@ def layer(
         # A reset parts step t from t - 1, so that the walk back meets it on entering t - 1.
         restored = (cuts if not reverse else (None, *cuts[:0:-1]), *restored)
     outputs, cells, h_n, c_n = _over_time(
-        STEPS[cell], steps[::-1] if reverse else steps, h0, c0, (w_hh, b_hh, w_hr), restored
+        step, steps[::-1] if reverse else steps, h0, c0, (w_hh, b_hh, w_hr), restored
     )
     if reverse:
         outputs.reverse()
@@ -107,6 +110,14 @@ def layer(
     all_cells = join(cells) if return_cells and c0 is not None else None
     results = join(outputs), h_n, c_n, all_cells
     return tuple(None if result is None else result.to(dtype) for result in results)
+
+
+def _watched(step, watch):
+    def watched(wx, *state_and_weights):
+        h, c = step(wx, *state_and_weights)
+        return watch(h), c
+
+    return watched
 
 
 def _split_states(h0, c0, batch):

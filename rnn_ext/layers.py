@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_exporting
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import _C, composite, functional, library, onnx
 from .backend import is_plain_call, uncovered
+from .control import Control, checked_control
 from .initialization import recurrent_
 from .replacement import Replacement
 
@@ -18,11 +20,61 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class RecurrentLayers(Replacement, torch.nn.RNNBase):
-    """Not for use on its own."""
+    """Not for use on its own.
 
-    def __init__(self, *args: Any, recurrent_init: str | None = None, **kwargs: Any) -> None:
+    Three arguments of all constructors control training; results stay the same to the last bit.
+    They have effect where gradients are recorded, on the CPU, in every layer and direction.
+    torch.compile leaves a layer that trains with them out of its graph, and refuses it with
+    fullgraph=True; exported programs have none of them.
+
+    Args:
+        checkpoint_every: None or k >= 1: keep the states before every k-th step alone and run each
+            k steps forward again in the backward pass. Memory grows with T / k + k instead of T,
+            beside input and output; the time by that of a forward pass. Gradients are those of the
+            plain layer to the last bit if k * B is a multiple of 256 (of 512 in bfloat16); k is
+            rounded up to that where it then is at most 2 k. Otherwise, and for packed input, sums
+            over time are taken in another order, which changes the last digits of the parameters'
+            gradients (of packed input in reverse, of all).
+        save: "all", or "states": keep h and c of every step, not the gates, and compute those again
+            in the backward pass, of all steps at once. Excludes ``checkpoint_every``.
+        grad_clip: None; a number v: each value of dL/dh_t, of the output at t and of later steps
+            together, is held in [-v, v] before it goes on to the cell and to earlier steps; or
+            ("norm", v): dL/dh_t of each sequence is scaled down to the norm v where it is larger
+            (Pascanu et al. 2013, arXiv:1211.5063, at every step). dL/dh_0 is not clipped.
+    """
+
+    _control: Control | None = None  # of training, where a constructor was asked for it
+
+    def __init__(
+        self,
+        *args: Any,
+        recurrent_init: str | None = None,
+        checkpoint_every: int | None = None,
+        save: str = "all",
+        grad_clip: float | tuple[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._keep_recurrent_init(recurrent_init)
+        control = checked_control(self._get_name(), checkpoint_every, save, grad_clip)
         super().__init__(*args, **kwargs)
+        if control is not None:
+            self._control = control
+
+    @property
+    def checkpoint_every(self) -> int | None:
+        return self._control and self._control.checkpoint_every
+
+    @property
+    def grad_clip(self) -> float | tuple[str, float] | None:
+        return self._control and self._control.grad_clip
+
+    @property
+    def _extra(self) -> str | None:
+        return None if self.grad_clip is None else f"grad_clip={self.grad_clip!r}"
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self._control is None else f"{text}, {self._control}"
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -74,7 +126,9 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
 
     def _run(self, input, hx, lengths=None, return_cells=False, resets=None, initial_state=None):
         """(output, state, cells) of `forward`."""
-        if lengths is None and not return_cells and type(input) is Tensor and is_plain_call():
+        control = self._control if torch.is_grad_enabled() and not is_exporting() else None
+        plain = lengths is None and not return_cells and control is None
+        if plain and type(input) is Tensor and is_plain_call():
             results = self._run_plain(input, hx, resets, initial_state)
             if results is not None:
                 return results
@@ -98,14 +152,21 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
         x, batch_sizes, batch, states = arranged
         restored = self._checked_restored(input, batch, resets, initial_state)
         weights = self._weights()
+        if control is not None and resets is not None:
+            raise ValueError(
+                f"{self._get_name()}: resets cannot be combined with checkpoint_every, "
+                "save='states' or grad_clip"
+            )
         reason = uncovered(x, (*states, *(restored or ())), weights)
         reason, run = reason or functional.no_restoring(x, restored), None
+        if control is not None:
+            run = control.layer
         if reason is not None:
             if not self._must_compose(reason, extra):
                 return *self._run_twin(input, hx, reason), None
             self._update_flat_weights()
             self.check_input(x, batch_sizes)
-            run = composite.layer
+            run = composite.layer if control is None else control.composed
 
         h0, c0 = self._initial(x, batch, states)
         if resets is not None:

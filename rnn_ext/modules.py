@@ -45,6 +45,7 @@ class RNN(_WithoutProjection):
         nonlinearity: f: "tanh", "relu" or, in torch.nn unknown, "sigmoid".
         recurrent_init: keyword only; None, "orthogonal" or "identity" (with relu the IRNN of Le et
             al. 2015, arXiv:1504.00941) for weight_hh at initialization.
+        checkpoint_every, save, grad_clip: keyword only; as of `RecurrentLayers`.
 
     Source: Elman, "Finding structure in time", Cognitive Science 14, 1990.
     """
@@ -54,7 +55,7 @@ class RNN(_WithoutProjection):
     @_shown_as(
         lambda self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
         batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None, *,
-        recurrent_init=None: None
+        recurrent_init=None, checkpoint_every=None, save="all", grad_clip=None: None
     )  # fmt: skip
     def __init__(self, *args, **kwargs):
         if len(args) > 3:
@@ -82,11 +83,11 @@ class RNN(_WithoutProjection):
 
     @property
     def _extra(self):
-        return "nonlinearity='sigmoid'" if self.mode == "RNN_SIGMOID" else None
+        return "nonlinearity='sigmoid'" if self.mode == "RNN_SIGMOID" else super()._extra
 
     def extra_repr(self):
         text = super().extra_repr()
-        return text if self._extra is None else f"{text}, {self._extra}"
+        return f"{text}, {self._extra}" if self.mode == "RNN_SIGMOID" else text
 
 
 class LSTM(RecurrentLayers):
@@ -106,6 +107,7 @@ class LSTM(RecurrentLayers):
             with bias=False.
         recurrent_init: keyword only; None, "orthogonal" or "identity" for each gate's block of
             weight_hh at initialization.
+        checkpoint_every, save, grad_clip: keyword only; as of `RecurrentLayers`.
 
     Sources: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (forget gate); Sak et al. 2014,
     arXiv:1402.1128 (projection).
@@ -123,7 +125,8 @@ class LSTM(RecurrentLayers):
     @_shown_as(
         lambda self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
         dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None, *,
-        forget_bias=None, recurrent_init=None: None
+        forget_bias=None, recurrent_init=None, checkpoint_every=None, save="all",
+        grad_clip=None: None
     )  # fmt: skip
     def __init__(self, *args, forget_bias=None, **kwargs):
         forget_bias = checked_forget_bias("LSTM", forget_bias)
@@ -188,6 +191,7 @@ class GRU(_WithoutProjection):
             of the z rows of weights and biases to convert.
         recurrent_init: keyword only; None, "orthogonal" or "identity" for each gate's block of
             weight_hh at initialization.
+        checkpoint_every, save, grad_clip: keyword only; as of `RecurrentLayers`.
 
     Source: Cho et al. 2014, arXiv:1406.1078.
     """
@@ -198,7 +202,7 @@ class GRU(_WithoutProjection):
     @_shown_as(
         lambda self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
         dropout=0.0, bidirectional=False, device=None, dtype=None, *, reset_after=True,
-        recurrent_init=None: None
+        recurrent_init=None, checkpoint_every=None, save="all", grad_clip=None: None
     )  # fmt: skip
     def __init__(self, *args, reset_after=True, **kwargs):
         if not isinstance(reset_after, bool):
@@ -213,8 +217,8 @@ class GRU(_WithoutProjection):
 
     @property
     def _extra(self):
-        return None if self.reset_after else "reset_after=False"
+        return super()._extra if self.reset_after else "reset_after=False"
 
     def extra_repr(self):
         text = super().extra_repr()
-        return text if self._extra is None else f"{text}, {self._extra}"
+        return text if self.reset_after else f"{text}, {self._extra}"

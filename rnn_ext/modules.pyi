@@ -23,6 +23,9 @@ class RNN(RecurrentLayers):
         device: Device = None,
         dtype: torch.dtype | None = None,
         recurrent_init: str | None = None,
+        checkpoint_every: int | None = None,
+        save: str = "all",
+        grad_clip: float | tuple[str, float] | None = None,
     ) -> None: ...
 
 class LSTM(RecurrentLayers):
@@ -44,6 +47,9 @@ class LSTM(RecurrentLayers):
         *,
         forget_bias: float | None = None,
         recurrent_init: str | None = None,
+        checkpoint_every: int | None = None,
+        save: str = "all",
+        grad_clip: float | tuple[str, float] | None = None,
     ) -> None: ...
 
 class GRU(RecurrentLayers):
@@ -64,4 +70,7 @@ class GRU(RecurrentLayers):
         dtype: torch.dtype | None = None,
         reset_after: bool = True,
         recurrent_init: str | None = None,
+        checkpoint_every: int | None = None,
+        save: str = "all",
+        grad_clip: float | tuple[str, float] | None = None,
     ) -> None: ...

@@ -101,12 +101,19 @@ def explain(
     if arranged is None:
         raise ValueError(f"explain: {module} cannot take this input; calling it says why")
 
-    reason = uncovered(x, states, weights)
+    reason = uncovered(x, states, weights) or _uncontrolled(module, x)
     plans = []
     for k, group in enumerate(weights):
         how = _choose(module, x, steps, batch, directions, group, reason)
         plans.append(LayerPlan(k // directions, "reverse" if k % directions else "forward", **how))
     return Plan(str(module), tuple(plans))
+
+
+def _uncontrolled(module, x):
+    """What of a layer's control over its training has no kernel here (a phrase), or None."""
+    if x.is_cuda and getattr(module, "grad_clip", None) is not None and torch.is_grad_enabled():
+        return "grad_clip has no CUDA kernel"
+    return None
 
 
 def _choose(module, x, steps, batch, directions, weights, obstacle):

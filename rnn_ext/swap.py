@@ -18,8 +18,9 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 _OURS = {ours._twin: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}
 _TORCH = {ours: twin for twin, ours in _OURS.items()}
-# Attributes of ours that torch.nn's classes have not: choices of initialization, already made.
-_ONLY_OURS = ("forget_bias", "recurrent_init")
+# Attributes of ours that torch.nn's classes have not: choices of initialization, already made, and
+# of what training keeps.
+_ONLY_OURS = ("forget_bias", "recurrent_init", "_control")
 
 
 def accelerate(model: Model) -> Model:

@@ -320,7 +320,7 @@ class _LayerBackward(torch.autograd.Function):
         def gradients(*given):
             return _composed_gradients(call, given[:_INPUTS], given[_INPUTS + 4 :])
 
-        found = _vjp(gradients, tensors, needed, upstream)
+        found = vjp(gradients, tensors, needed, upstream)
         return None, *compress(found, call.present)
 
     @staticmethod
@@ -356,7 +356,7 @@ def _composed_gradients(call, tensors, upstream):
         return tuple(r for r, p in zip(all_results, present) if p)
 
     upstream = [d for d in upstream if d is not None]
-    found = _vjp(results, tensors, call.wanted, upstream, again=True)
+    found = vjp(results, tensors, call.wanted, upstream, again=True)
     return tuple(d for d, w in zip(found, call.wanted) if w)
 
 
@@ -373,7 +373,7 @@ def _composed_by_group(call, tensors, upstream):
     return (*(r.flatten(-3, -2) for r in results[:states]), *results[states:])
 
 
-def _vjp(function, tensors, wanted, upstream, again=False):
+def vjp(function, tensors, wanted, upstream, again=False):
     """The gradients of those ``tensors`` that are ``wanted``, None for others.
 
     ``function`` takes all of them. ``again``: the gradients are to be differentiable.

@@ -212,7 +212,7 @@ class Backward {
       if (a_.dh_norms || a_.clip == Clip::kNorm) norm = norm_of(row, output_);
       if (a_.dh_norms) a_.dh_norms[at + r] = real(norm);
       if (a_.clip == Clip::kValue) clip_values(row, output_, real(a_.limit));
-      if (a_.clip == Clip::kNorm && norm > a_.limit) scale(row, output_, real(a_.limit / norm));
+      if (a_.clip == Clip::kNorm && !(norm <= a_.limit)) scale(row, output_, real(a_.limit / norm));
     }
   }
 

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from . import cells
 from .cells import StepGradients, Weights
 
-__all__ = ["CELLS", "Cell", "Gradients", "Result", "Tape", "backward", "forward"]
+__all__ = ["CELLS", "Cell", "Gradients", "Result", "Tape", "backward", "clip", "forward"]
 
 
 class Cell(NamedTuple):
@@ -89,6 +89,7 @@ class Gradients:
     b_ih: ndarray | None
     b_hh: ndarray | None
     w_hr: ndarray | None
+    dh: ndarray  # dL/dh_t of every step, laid out like output, before it is clipped
     reset_h: ndarray | None = None
     reset_c: ndarray | None = None
 
@@ -180,12 +181,16 @@ def backward(
     d_h_n: ArrayLike | None = None,
     d_c_n: ArrayLike | None = None,
     d_cells: ArrayLike | None = None,
+    *,
+    grad_clip: float | tuple[str, float] | None = None,
 ) -> Gradients:
     """Backpropagate through time: Gradients of a loss from its gradients at what forward returned.
 
     Args:
         result: what `forward` returned.
         d_output, d_h_n, d_c_n, d_cells: shaped like the results they belong to; None is zero.
+        grad_clip: what dL/dh_t, from the output at t and from later steps together, is held to
+            before it goes on: v > 0 holds each value in [-v, v], ("norm", v) each row's norm.
 
     Raises:
         ValueError: another shape.
@@ -199,11 +204,13 @@ def backward(
         d_trajectory = [_unpack(d, tape.active) for d in d_trajectory]
 
     dx = np.zeros((*tape.active.shape, tape.input_size))
+    dh = np.zeros((*tape.active.shape, result.output.shape[-1]))
     totals = [None if w is None else np.zeros_like(w) for w in tape.weights]
     d_restored = [np.zeros_like(d) for d in d_state]
     for t, rows, record in reversed(tape.steps):
         reaching = (d[rows] + at[t, rows] for d, at in zip(d_state, d_trajectory, strict=True))
-        step = tape.cell.step_backward(record, *reaching, tape.weights)
+        dh[t, rows], *dc = reaching
+        step = tape.cell.step_backward(record, clip(dh[t, rows], grad_clip), *dc, tape.weights)
         dx[t, rows] = step.x
         cut = tape.cuts[t, rows, None]
         for d, d_reset, before in zip(d_state, d_restored, step.state, strict=True):
@@ -213,10 +220,21 @@ def backward(
             if total is not None:
                 total += term
 
-    dx = dx[tape.active] if tape.packed else dx
+    if tape.packed:
+        dx, dh = dx[tape.active], dh[tape.active]
     dh0, dc0 = (*d_state, None)[:2]
     d_restored = [d if given else None for d, given in zip(d_restored, tape.restored, strict=True)]
-    return Gradients(dx, dh0, dc0, *totals, *d_restored)
+    return Gradients(dx, dh0, dc0, *totals, dh, *d_restored)
+
+
+def clip(dh: ndarray, limit: float | tuple[str, float] | None) -> ndarray:
+    """dL/dh_t [B, S] held to ``limit`` as `backward` says."""
+    if limit is None:
+        return dh
+    if not isinstance(limit, tuple):
+        return np.clip(dh, -limit, limit)
+    norm = np.linalg.norm(dh, axis=-1, keepdims=True)
+    return dh * (limit[1] / np.maximum(norm, limit[1]))
 
 
 def _active(x, batch_sizes, lengths):
