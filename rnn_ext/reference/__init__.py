@@ -32,7 +32,7 @@ from .cells import (
     lstm_step_backward,
     sigmoid,
 )
-from .sequence import CELLS, Cell, Gradients, Result, backward, forward
+from .sequence import CELLS, Cell, Gradients, Result, backward, forward, hidden_gradients
 
 __all__ = [
     "CELLS",
@@ -52,6 +52,7 @@ __all__ = [
     "gru_reset_before_step_backward",
     "gru_step",
     "gru_step_backward",
+    "hidden_gradients",
     "lstm_step",
     "lstm_step_backward",
     "sigmoid",

@@ -19,7 +19,17 @@ from numpy.typing import ArrayLike
 from . import cells
 from .cells import StepGradients, Weights
 
-__all__ = ["CELLS", "Cell", "Gradients", "Result", "Tape", "backward", "clip", "forward"]
+__all__ = [
+    "CELLS",
+    "Cell",
+    "Gradients",
+    "Result",
+    "Tape",
+    "backward",
+    "clip",
+    "forward",
+    "hidden_gradients",
+]
 
 
 class Cell(NamedTuple):
@@ -89,7 +99,6 @@ class Gradients:
     b_ih: ndarray | None
     b_hh: ndarray | None
     w_hr: ndarray | None
-    dh: ndarray  # dL/dh_t of every step, laid out like output, before it is clipped
     reset_h: ndarray | None = None
     reset_c: ndarray | None = None
 
@@ -195,6 +204,27 @@ def backward(
     Raises:
         ValueError: another shape.
     """
+    return _backward(result, (d_output, d_h_n, d_c_n, d_cells), grad_clip)[0]
+
+
+def hidden_gradients(
+    result: Result,
+    d_output: ArrayLike | None = None,
+    d_h_n: ArrayLike | None = None,
+    d_c_n: ArrayLike | None = None,
+    d_cells: ArrayLike | None = None,
+    *,
+    grad_clip: float | tuple[str, float] | None = None,
+) -> ndarray:
+    """dL/dh_t of every step, through the output at t and all later steps, before it is clipped.
+
+    Arguments as of `backward`; the result is laid out like ``result.output``.
+    """
+    return _backward(result, (d_output, d_h_n, d_c_n, d_cells), grad_clip)[1]
+
+
+def _backward(result, cotangents, grad_clip):
+    d_output, d_h_n, d_c_n, d_cells = cotangents
     tape = result.tape
     d_trajectory = _like(
         (result.output, result.cells), (d_output, d_cells), ("d_output", "d_cells")
@@ -224,7 +254,7 @@ def backward(
         dx, dh = dx[tape.active], dh[tape.active]
     dh0, dc0 = (*d_state, None)[:2]
     d_restored = [d if given else None for d, given in zip(d_restored, tape.restored, strict=True)]
-    return Gradients(dx, dh0, dc0, *totals, dh, *d_restored)
+    return Gradients(dx, dh0, dc0, *totals, *d_restored), dh
 
 
 def clip(dh: ndarray, limit: float | tuple[str, float] | None) -> ndarray:
