@@ -16,18 +16,17 @@ bit. Where gradients are recorded
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _C, composite, ops, transforms
+from . import composite, ops, transforms
 from .backend import current, warn_once
+from .recompute import Flow, Layer
 
-__all__ = ["Control", "Flow", "checked_control"]
+__all__ = ["Control", "checked_control"]
 
-_INPUTS, _FIRST_WEIGHT = 8, 3
 # Sums over time are taken in blocks of this many rows (csrc/cpu/gradients.h: SumOrder); 256 but for
 # numbers that are multiplied in pairs.
 _SUMMED_ROWS = 512
@@ -36,15 +35,9 @@ _FEW_ROWS = 8
 _CACHED_GATES = 1 << 19
 
 
-class Flow:
-    """The norms of dL/dh_t of one layer in one direction, [T, B] or [N]; None until the backward
-    pass has run."""
-
-    def __init__(self) -> None:
-        self.norms: Tensor | None = None
-
-
-def checked_control(name: str, checkpoint_every: Any, save: Any, grad_clip: Any):
+def checked_control(
+    name: str, checkpoint_every: Any, save: Any, grad_clip: Any
+) -> "Control | None":
     """The `Control` that a constructor's arguments ask for, None where they ask for nothing."""
     if checkpoint_every is not None and (
         isinstance(checkpoint_every, bool)
@@ -145,7 +138,7 @@ class Control:
         elif input.is_cuda:
             obstacle = "on CUDA"
         if obstacle is None and current() != "reference":
-            output, h_n, *states = _Layer.apply(
+            output, h_n, *states = Layer.apply(
                 *given, cell, options["batch_sizes"], options["reverse"], self
             )
             return output, h_n, *(states or (None, None))
@@ -201,7 +194,9 @@ class Control:
 
         return watch
 
-    def stretch(self, cell_rows: int, steps: int, batch: int, packed: bool, dtype: torch.dtype):
+    def stretch(
+        self, cell_rows: int, steps: int, batch: int, packed: bool, dtype: torch.dtype
+    ) -> int | None:
         """How many steps the backward pass computes again at a time, None if it does not have to.
 
         As many as between checkpoints or, of states that were all kept, whose gates (``cell_rows``
@@ -222,7 +217,7 @@ class Control:
         return aligned if aligned <= 2 * k else k
 
 
-def clipped(gradient: Tensor, kind: str, limit: float) -> Tensor:
+def _clip(gradient: Tensor, kind: str, limit: float) -> Tensor:
     """dL/dh_t [B, P] held within ``limit``, value by value or row by row."""
     if kind == "value":
         return gradient.clamp(-limit, limit)
@@ -231,7 +226,7 @@ def clipped(gradient: Tensor, kind: str, limit: float) -> Tensor:
 
 
 class _Clipped(torch.autograd.Function):
-    """The identity, whose gradient is `clipped`."""
+    """The identity, whose gradient is clipped."""
 
     generate_vmap_rule = True
 
@@ -245,249 +240,8 @@ class _Clipped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return clipped(gradient, ctx.kind, ctx.limit), None, None
+        return _clip(gradient, ctx.kind, ctx.limit), None, None
 
     @staticmethod
     def jvp(ctx, tangent, *_):
         return tangent.clone()
-
-
-class _Time:
-    """The rows of a sequence step by step, and its cuts; T steps, batch B."""
-
-    def __init__(self, input, batch_sizes, reverse, stretch=None):
-        self.packed, self.reverse, self.batch_sizes = batch_sizes is not None, reverse, batch_sizes
-        self.sizes = batch_sizes.tolist() if self.packed else [input.size(1)] * input.size(0)
-        self.steps, self.batch = len(self.sizes), self.sizes[0]
-        self.offsets = [0, *accumulate(self.sizes)]
-        stretch = stretch or self.steps
-        self.parts = [(t, min(t + stretch, self.steps)) for t in range(0, self.steps, stretch)]
-        if reverse:
-            self.parts.reverse()
-
-    def of(self, tensor, part):
-        """The steps ``part`` of what is laid out like input or output."""
-        if tensor is None:
-            return None
-        start, end = part if not self.packed else (self.offsets[t] for t in part)
-        return tensor[start:end]
-
-    def rows(self, part):
-        return slice(self.offsets[part[0]], self.offsets[part[1]])
-
-    def carried(self, part):
-        """Rows of all states from which ``part``'s first step, in running order, goes on."""
-        if self.reverse:
-            before, count = part[1], self.sizes[part[1]]
-        else:
-            before, count = part[0] - 1, self.sizes[part[0]]
-        return slice(self.offsets[before], self.offsets[before] + count)
-
-    def previous(self, states, initial, part):
-        """The state before each step of ``part``, of all those after a step, as rows."""
-        if initial is None:
-            return None
-        steps = range(*part)
-        if not self.packed and part != self.parts[0]:
-            step = 1 if self.reverse else -1
-            return states[self.offsets[part[0] + step] : self.offsets[part[1] + step]]
-        first, pieces = self.steps - 1 if self.reverse else 0, []
-        for t in steps:
-            carried = states[:0] if t == first else states[self.carried((t, t + 1))]
-            pieces.append(_joined(carried, initial[: self.sizes[t]]))
-        return torch.cat(pieces)
-
-
-def _joined(carried, initial):
-    """The states that go on, and the initial ones of sequences that only now begin."""
-    if initial is None:
-        return None
-    if len(carried) == len(initial):
-        return carried
-    return torch.cat((carried, initial[len(carried) :].to(carried.dtype)))
-
-
-def _flat(tensor):
-    """[T, B, ...] or [N, ...] as [N, ...]."""
-    return None if tensor is None else tensor.reshape(-1, tensor.size(-1))
-
-
-class _Layer(torch.autograd.Function):
-    """As ``ops._Layer``, under a `Control`."""
-
-    @staticmethod
-    def forward(ctx, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, batch_sizes, reverse, how):
-        tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-        packed = batch_sizes is not None
-        steps = batch_sizes.numel() if packed else input.size(0)
-        stretch = how.stretch(w_ih.size(0), steps, h0.size(0), packed, input.dtype)
-        output, h_n, c_n, states, cells, gates, middle, isa = _C.partial_forward(
-            cell, tensors, batch_sizes, reverse, stretch is None, (0, 0)
-        )
-        ctx.set_materialize_grads(False)
-        ctx.options, ctx.how, ctx.isa = (cell, batch_sizes, reverse), how, isa
-        ctx.stretch, ctx.flow = stretch, None
-        if how.flow is not None:
-            ctx.flow = Flow()
-            how.flow.append(ctx.flow)
-        shown_cells = cells if cells is None else cells.to(input.dtype)
-        if how.checkpoint_every is not None:
-            time = _Time(input, batch_sizes, reverse, stretch)
-            rows = [time.carried(part) for part in time.parts[1:]]
-            states, cells = (
-                None if t is None or not rows else torch.cat([_flat(t)[r] for r in rows])
-                for t in (states, cells)
-            )
-        ctx.save_for_backward(*tensors, states, cells, gates, middle)
-        return (output, h_n) if c_n is None else (output, h_n, c_n, shown_cells)
-
-    @staticmethod
-    def backward(ctx, d_output, d_h_n, d_c_n=None, d_cells=None):
-        kept = ctx.saved_tensors
-        tensors, saved = kept[:_INPUTS], kept[_INPUTS:]
-        wanted = ctx.needs_input_grad[:_INPUTS]
-        upstream = (d_output, d_h_n, d_c_n, d_cells)
-        if all(d is None for d in upstream):
-            return (None,) * (_INPUTS + 4)
-        if transforms.watched_backward(upstream):
-            gradients = _composed_gradients(ctx, tensors, upstream, wanted)
-        else:
-            backward = _Backward(ctx, tensors, wanted)
-            if ctx.stretch is not None:
-                gradients = backward.by_part(saved, upstream)
-            else:
-                gradients = backward.run(tensors, ctx.options[1], saved, ctx.isa, upstream)
-            if ctx.flow is not None:
-                ctx.flow.norms = backward.norms
-        return *gradients, None, None, None, None
-
-
-class _Backward:
-    """The backward kernel over a sequence, whole or in parts."""
-
-    def __init__(self, ctx, tensors, wanted):
-        self.cell, self.batch_sizes, self.reverse = ctx.options
-        self.stretch, self.tensors, self.wanted = ctx.stretch, tensors, wanted
-        self.isa, self.has_states = ctx.isa, ctx.how.save == "states"
-        self.clip = ctx.how.clip or ("", 0.0)
-        self.compute = torch.promote_types(tensors[0].dtype, torch.float32)
-        self.norms = None
-        if ctx.flow is not None:
-            rows = tensors[0].shape[:-1].numel()
-            self.norms = tensors[0].new_empty(rows, dtype=self.compute)
-
-    def run(
-        self, tensors, batch_sizes, saved, isa, upstream, *, part=None, planned=(0, 0), sums=()
-    ):
-        norms = self.norms if self.norms is None or part is None else self.norms[part]
-        wanted = self.wanted if part is None else (self.wanted[0], True, True, *self.wanted[3:])
-        return _C.partial_backward(
-            self.cell,
-            tensors,
-            batch_sizes,
-            self.reverse,
-            saved,
-            isa,
-            upstream,
-            wanted,
-            planned,
-            sums,
-            *self.clip,
-            norms,
-        )
-
-    def by_part(self, saved, upstream):
-        """Part by part, the last first; dL/dh and dL/dc are handed from part to part."""
-        input, h0, c0, *weights = self.tensors
-        d_output, d_h_n, d_c_n, d_cells = upstream
-        time = _Time(input, self.batch_sizes, self.reverse, self.stretch)
-        planned = (time.steps, time.batch)
-        dh, dc = self._sum(h0, d_h_n), None if c0 is None else self._sum(c0, d_c_n)
-        sums = [
-            None if t is None or not w else self._sum(t)
-            for t, w in zip(weights, self.wanted[_FIRST_WEIGHT:])
-        ]
-        dx = torch.empty(input.shape, dtype=input.dtype) if self.wanted[0] else None
-        kept = [_flat(t) for t in saved[:2]]
-        end = None if kept[0] is None else len(kept[0])
-        for part in reversed(time.parts):
-            count = time.sizes[part[0]]
-            start = [None if t is None else t[:count] for t in (h0, c0)]
-            if part != time.parts[0]:
-                rows = time.carried(part)
-                if not self.has_states:
-                    rows = slice(end - (rows.stop - rows.start), end)
-                    end = rows.start
-                start = [None if k is None else _joined(k[rows], t) for k, t in zip(kept, start)]
-            tensors = (time.of(input, part), *start, *weights)
-            sizes = None if self.batch_sizes is None else self.batch_sizes[slice(*part)]
-            if self.has_states:
-                again, isa = self._from_states(time, part, saved, kept)
-            else:
-                _, _, _, *again, isa = _C.partial_forward(
-                    self.cell, tensors, sizes, self.reverse, True, planned
-                )
-            reaching = (
-                time.of(d_output, part),
-                dh[:count],
-                None if dc is None else dc[:count],
-                time.of(d_cells, part),
-            )
-            d = self.run(
-                tensors,
-                sizes,
-                again,
-                isa,
-                reaching,
-                part=time.rows(part),
-                planned=planned,
-                sums=sums,
-            )
-            dh[:count] = d[1]
-            if dc is not None:
-                dc[:count] = d[2]
-            if dx is not None:
-                time.of(dx, part).copy_(d[0])
-        gradients = [dx, dh, dc, *sums]
-        return [
-            g.to(input.dtype) if w and g is not None else None
-            for g, w in zip(gradients, self.wanted)
-        ]
-
-    def _from_states(self, time, part, saved, kept):
-        """What the forward kernel saved of ``part``: every step is a row of a single one, as what
-        precedes it is known."""
-        input, h0, c0, *weights = self.tensors
-        known = tuple(time.of(t, part) for t in saved[:2])
-        if self.cell.startswith("rnn"):  # of which h is all there is
-            return (*known, None, None), self.isa
-        at_once = (
-            _flat(time.of(input, part)).unsqueeze(0),
-            *(time.previous(k, t, part) for k, t in zip(kept, (h0, c0))),
-            *weights,
-        )
-        *_, gates, middle, isa = _C.partial_forward(self.cell, at_once, None, False, True, (0, 0))
-        return (*known, gates, middle), isa
-
-    def _sum(self, like, start=None):
-        """A contiguous sum of the shape of ``like``, from ``start`` or zero on."""
-        sum = torch.zeros(like.shape, dtype=self.compute)
-        return sum if start is None else sum.copy_(start)
-
-
-def _composed_gradients(ctx, tensors, upstream, wanted):
-    """The gradients of ``tensors`` in torch operations, differentiable again."""
-    warn_once(
-        "rnn_ext: gradients of gradients have no kernel; composed of torch operations instead"
-    )
-    cell, batch_sizes, reverse = ctx.options
-    how = replace(ctx.how, flow=None)
-    wanted = tuple(w and t is not None for t, w in zip(tensors, wanted))
-    present = [d is not None for d in upstream]
-
-    def results(*tensors):
-        found = how.composed(cell, *tensors, batch_sizes=batch_sizes, reverse=reverse)
-        return tuple(r for r, p in zip(found, present) if p)
-
-    upstream = [d for d in upstream if d is not None]
-    return transforms.vjp(results, tensors, wanted, upstream, again=True)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .control import Control, Flow
+from .control import Control
 from .layers import RecurrentLayers
+from .recompute import Flow
 from .signatures import Lengths, Pair
 
 __all__ = ["GradientFlow", "gradient_flow"]

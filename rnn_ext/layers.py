@@ -70,6 +70,9 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
 
     @property
     def _extra(self) -> str | None:
+        return self._clipping()
+
+    def _clipping(self) -> str | None:  # torch.compile takes no super() of a property
         return None if self.grad_clip is None else f"grad_clip={self.grad_clip!r}"
 
     def extra_repr(self) -> str:

@@ -83,7 +83,7 @@ class RNN(_WithoutProjection):
 
     @property
     def _extra(self):
-        return "nonlinearity='sigmoid'" if self.mode == "RNN_SIGMOID" else super()._extra
+        return "nonlinearity='sigmoid'" if self.mode == "RNN_SIGMOID" else self._clipping()
 
     def extra_repr(self):
         text = super().extra_repr()
@@ -217,7 +217,7 @@ class GRU(_WithoutProjection):
 
     @property
     def _extra(self):
-        return super()._extra if self.reset_after else "reset_after=False"
+        return self._clipping() if self.reset_after else "reset_after=False"
 
     def extra_repr(self):
         text = super().extra_repr()

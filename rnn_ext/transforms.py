@@ -7,7 +7,7 @@ gradients are composed of torch operations, and so are forward-mode derivatives,
 computes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from math import prod
@@ -20,7 +20,7 @@ from torch._C import _functorch
 from . import _C, composite
 from .backend import current, warn_once
 
-__all__ = ["Call", "layer", "layer_backward", "watched", "watched_backward"]
+__all__ = ["Call", "layer", "layer_backward", "vjp", "watched", "watched_backward"]
 
 _STATES = 3  # input, h0, c0; what follows are weights
 _INPUTS = 8
@@ -373,7 +373,13 @@ def _composed_by_group(call, tensors, upstream):
     return (*(r.flatten(-3, -2) for r in results[:states]), *results[states:])
 
 
-def vjp(function, tensors, wanted, upstream, again=False):
+def vjp(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    upstream: Sequence[Tensor],
+    again: bool = False,
+) -> list[Tensor | None]:
     """The gradients of those ``tensors`` that are ``wanted``, None for others.
 
     ``function`` takes all of them. ``again``: the gradients are to be differentiable.

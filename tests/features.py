@@ -96,6 +96,9 @@ FEATURES = {
         row("every cell state, with gradients", "test_extras.py::test_every_cell_state test_extras.py::test_gradients_through_the_cell_states", probes.all_cell_states, SAME),
         row("orthogonal or identity recurrent weights", "test_extras.py::test_recurrent_init", probes.recurrent_init, SAME),
         row("forget gate bias", "test_extras.py::test_forget_bias_in_every_layer_and_direction", probes.forget_bias, SAME),
+        row("memory of training that grows with T / k + k (`checkpoint_every=k`)", "test_memory_modes.py::test_checkpoints_keep_every_bit test_memory_modes.py::test_memory_grows_with_the_number_of_checkpoints", probes.checkpoint_every, SAME),
+        row("the gradient clipped at every step (`grad_clip`)", "test_gradient_control.py::test_clipped_gradients_follow_the_reference", probes.grad_clip, SAME),
+        row("the gradient's norm at every step (`gradient_flow`)", "test_gradient_control.py::test_gradient_flow_is_that_of_a_loop", "no: hooks see the output, not dL/dh_t", SAME),
         row("which kernel would run, and why", "test_backends.py::test_explain_says_what_runs_and_why", "no: nothing to ask", SAME),
     ],
     "Modules": [

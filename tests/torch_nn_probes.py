@@ -170,6 +170,16 @@ def projection():
 
 
 @each
+def checkpoint_every(kind):
+    layer_of(kind, checkpoint_every=2)
+
+
+@each
+def grad_clip(kind):
+    layer_of(kind, grad_clip=1.0)
+
+
+@each
 def recurrent_init(kind):
     layer_of(kind, recurrent_init="orthogonal")
 
