@@ -144,6 +144,27 @@ def quantized_stack(
     batch_first: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
+def rtrl_influence(
+    cell: str, weights: Sequence[_Optional], batch: int, diagonal: bool, /
+) -> Tensor: ...
+def rtrl_step(
+    cell: str,
+    weights: Sequence[_Optional],
+    x: Tensor,
+    h: Tensor,
+    c: _Optional,
+    influence: Tensor,
+    diagonal: bool,
+    /,
+) -> tuple[Tensor, _Optional, bool]: ...
+def rtrl_gradient(
+    cell: str,
+    weights: Sequence[_Optional],
+    d_h: Tensor,
+    influence: Tensor,
+    diagonal: bool,
+    /,
+) -> tuple[tuple[Tensor, Tensor, _Optional, _Optional], bool]: ...
 def gates_width(cell: str, hidden: int, real_bytes: int, /) -> int: ...
 def plan_cpu(
     cell: str,

@@ -8,8 +8,8 @@ or in a model that exists:
 
 >>> model = rnn_ext.accelerate(torch.nn.Sequential(torch.nn.GRU(10, 20)))
 
-``rnn_ext.functional`` has the layers as functions, ``rnn_ext.reference`` the equations in NumPy;
-``python -m rnn_ext`` says what runs here.
+``rnn_ext.functional`` has the layers as functions, ``rnn_ext.online`` learns while a stream runs,
+``rnn_ext.reference`` has the equations in NumPy; ``python -m rnn_ext`` says what runs here.
 """
 
 import importlib
@@ -54,7 +54,7 @@ def _check_extension() -> None:
 
 _check_extension()
 
-from . import functional, reference  # noqa: E402
+from . import functional, online, reference  # noqa: E402
 from .backend import FallbackWarning, backends, use_backend  # noqa: E402
 from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
 from .diagnostics import GradientFlow, gradient_flow  # noqa: E402
@@ -79,6 +79,7 @@ __all__ = [
     "explain",
     "functional",
     "gradient_flow",
+    "online",
     "quantize_weights",
     "reference",
     "restore",

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "problem.h"
+#include "rtrl_problem.h"
 #include "scratch.h"
 #include "team.h"
 
@@ -19,5 +20,7 @@
                                  isa::run_forward<double>,           \
                                  isa::run_backward<float>,           \
                                  isa::run_backward<double>,          \
-                                 isa::run_quantized};                \
+                                 isa::run_quantized,                 \
+                                 &isa::rtrl_kernels<float>,          \
+                                 &isa::rtrl_kernels<double>};        \
   }

@@ -3,6 +3,7 @@
 #include "backward.h"
 #ifndef RNN_EXT_BFLOAT16
 #include "quantized.h"
+#include "rtrl.h"
 #endif
 
 namespace rnn_ext::RNN_EXT_TARGET {

@@ -137,6 +137,8 @@ struct BackwardArgs {
 };
 
 struct QuantizedArgs;  // quantized_problem.h
+template <class real>
+struct RtrlKernels;  // rtrl_problem.h
 
 // The kernels that multiply bfloat16, where the CPU does.
 struct Bfloat16Kernels {
@@ -155,6 +157,8 @@ struct Kernels {
   void (*backward_float)(CellKind, const BackwardArgs<float>&);
   void (*backward_double)(CellKind, const BackwardArgs<double>&);
   void (*quantized)(CellKind, const QuantizedArgs&);
+  const RtrlKernels<float>* rtrl_float;
+  const RtrlKernels<double>* rtrl_double;
   const Bfloat16Kernels* bfloat16 = nullptr;  // null: bfloat16 is converted to float
 };
 

@@ -11,6 +11,7 @@
 #include "cuda_layer.h"
 #include "cuda_numbers.h"
 #include "quantized.h"
+#include "rtrl.h"
 #include "stack.h"
 #include "training.h"
 
@@ -240,6 +241,30 @@ py::object quantized_layers(const std::string& cell, const Tensor& input,
   }));
 }
 
+// w_ih, w_hh, b_ih, b_hh.
+RtrlLayer online_layer(const std::string& cell, const std::array<OptionalTensor, 4>& weights) {
+  return {cell, weights[0].value(), weights[1].value(), weights[2], weights[3]};
+}
+
+Tensor influence_of(const std::string& cell, const std::array<OptionalTensor, 4>& weights,
+                    long batch, bool diagonal) {
+  return rtrl_influence(online_layer(cell, weights), batch, diagonal);
+}
+
+auto step_online(const std::string& cell, const std::array<OptionalTensor, 4>& weights,
+                 const Tensor& x, const Tensor& h, const OptionalTensor& c, const Tensor& influence,
+                 bool diagonal) {
+  const RtrlLayer layer = online_layer(cell, weights);
+  return without_gil([&] { return rtrl_step(layer, x, h, c, influence, diagonal); });
+}
+
+py::tuple gradient_online(const std::string& cell, const std::array<OptionalTensor, 4>& weights,
+                          const Tensor& d_h, const Tensor& influence, bool diagonal) {
+  const RtrlLayer layer = online_layer(cell, weights);
+  const auto g = without_gil([&] { return rtrl_gradient(layer, d_h, influence, diagonal); });
+  return py::make_tuple(py::make_tuple(g.w_ih, g.w_hh, g.b_ih, g.b_hh), g.finite);
+}
+
 py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps, long batch,
                   long input, long hidden, long output, int directions) {
   const bool narrow = dtype == "bfloat16" && active_kernels().bfloat16;
@@ -325,6 +350,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_general_backward", &general_backward_in);
   m.def("quantized_layer", &quantized);
   m.def("quantized_stack", &quantized_layers);
+  m.def("rtrl_influence", &influence_of);
+  m.def("rtrl_step", &step_online);
+  m.def("rtrl_gradient", &gradient_online);
   m.def("both_forward", &forward_both);
   m.def("both_backward", &backward_both);
   m.def("gates_width", [](const std::string& cell, long hidden, size_t real_bytes) {

@@ -32,6 +32,7 @@ from .cells import (
     lstm_step_backward,
     sigmoid,
 )
+from .rtrl import OnlineResult, rtrl, touched
 from .sequence import CELLS, Cell, Gradients, Result, backward, forward, hidden_gradients
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "GRUStep",
     "Gradients",
     "LSTMStep",
+    "OnlineResult",
     "Result",
     "StepGradients",
     "Weights",
@@ -55,5 +57,7 @@ __all__ = [
     "hidden_gradients",
     "lstm_step",
     "lstm_step_backward",
+    "rtrl",
     "sigmoid",
+    "touched",
 ]

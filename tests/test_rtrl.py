@@ -1,0 +1,480 @@
+"""Real-time recurrent learning: the gradients of BPTT, SnAp-1 by its definition, and a good API."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from kinds import KINDS, make, random
+
+import rnn_ext
+from rnn_ext import reference
+from rnn_ext.online import RTRL
+
+CELLS = [cell for cell in KINDS if cell != "lstm_projected"]
+DIAGONAL = [cell for cell in CELLS if cell != "gru_reset_before"]
+each_cell = pytest.mark.parametrize("cell", CELLS)
+each_mode = pytest.mark.parametrize("mode", ["exact", "chunked", "snap1"])
+
+
+def stream(steps, batch, inputs, hidden, resets=True, dtype=torch.float64):
+    """x, dL/dh of every step, and resets (about one in twelve) or None."""
+    x = torch.randn(steps, batch, inputs, dtype=dtype)
+    d_h = torch.randn(steps, batch, hidden, dtype=dtype)
+    return x, d_h, (torch.rand(steps, batch) < 0.08) if resets else None
+
+
+def learn(rtrl, x, d_h, resets=None, flush=True):
+    """Outputs of all steps; gradients go to the module."""
+    outputs = []
+    for t in range(len(x)):
+        outputs.append(rtrl.step(x[t], None if resets is None else resets[t]))
+        rtrl.accumulate(d_h[t])
+    if flush:
+        rtrl.flush()
+    return torch.stack(outputs)
+
+
+def bptt(module, x, d_h, resets=None):
+    """Outputs and gradients by autograd through steps of the composed cell."""
+    module = copy.deepcopy(module)
+    module.zero_grad()
+    batch = x.shape[1]
+    state = x.new_zeros(1, batch, module.hidden_size)
+    state = (state, state) if module._cell == "lstm" else state
+    outputs = []
+    with rnn_ext.use_backend("reference"):
+        for t in range(len(x)):
+            if resets is not None:
+                keep = ~resets[t][:, None]
+                state = (
+                    tuple(part * keep for part in state)
+                    if isinstance(state, tuple)
+                    else state * keep
+                )
+            output, state = module(x[t][None], state)
+            outputs.append(output[0])
+    output = torch.stack(outputs)
+    output.backward(d_h)
+    return output.detach(), gradients_of(module)
+
+
+def gradients_of(module):
+    return {name: weight.grad for name, weight in module.named_parameters()}
+
+
+def assert_close(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (actual[name] - value).abs().max() / value.abs().max()
+        assert error <= tolerance, f"{name}: relative error {error:.3g}"
+
+
+def as_reference(module, x, d_h, resets, mode):
+    weights = reference.Weights(*(w.detach().double().numpy() for w in module.parameters()))
+    resets = None if resets is None else resets.numpy()
+    arrays = x.double().numpy(), weights, d_h.double().numpy()
+    result = reference.rtrl(module._cell, *arrays, resets=resets, mode=mode)
+    names = [name for name, _ in module.named_parameters()]
+    return result, {n: torch.from_numpy(g) for n, g in zip(names, result.gradients)}
+
+
+# The gradients
+
+
+@pytest.mark.parametrize("resets", [False, True], ids=["no_resets", "resets"])
+@pytest.mark.parametrize("mode", ["exact", "chunked"])
+@each_cell
+def test_gradients_are_those_of_bptt(cell, mode, resets):
+    module = make(cell, 3, 11)
+    x, d_h, resets = stream(70, 10, 3, 11, resets)
+    output = learn(RTRL(module, mode), x, d_h, resets)
+    expected, gradients = bptt(module, x, d_h, resets)
+    assert (output - expected).abs().max() <= 1e-12
+    assert_close(gradients_of(module), gradients, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "mode, cell", [("exact", c) for c in CELLS] + [("snap1", c) for c in DIAGONAL]
+)
+def test_kernels_compute_the_reference(isa, cell, mode, dtype):
+    """Odd sizes: units that fill no register, columns that fill no panel."""
+    module = make(cell, 4, 21).to(dtype)
+    x, d_h, resets = stream(6, 3, 4, 21, dtype=dtype)
+    output = learn(RTRL(module, mode), x, d_h, resets)
+    result, gradients = as_reference(module, x, d_h, resets, mode)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    assert np.abs(output.numpy() - result.output).max() <= tolerance
+    assert_close(gradients_of(module), gradients, tolerance)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 17), (1, 40, 33)])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru", "gru_reset_before"])
+def test_sizes_and_threads(cell, threads, shape, bias):
+    batch, inputs, hidden = shape
+    module = make(cell, inputs, hidden, bias=bias)
+    x, d_h, _ = stream(2, batch, inputs, hidden)
+    learn(RTRL(module), x, d_h)
+    assert_close(gradients_of(module), bptt(module, x, d_h)[1], 1e-11)
+
+
+def test_sums_longer_than_a_piece():
+    module = make("rnn_tanh", 1, 300, bias=False)
+    x, d_h, _ = stream(2, 1, 1, 300)
+    learn(RTRL(module), x, d_h)
+    assert_close(gradients_of(module), bptt(module, x, d_h)[1], 1e-11)
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
+def test_snap1_is_exact_for_units_that_do_not_act_on_each_other(cell):
+    module = make(cell, 3, 9)
+    with torch.no_grad():
+        for block in module.weight_hh_l0.split(9):
+            block.mul_(torch.eye(9))
+    x, d_h, resets = stream(20, 4, 3, 9)
+    learn(RTRL(module, "snap1"), x, d_h, resets)
+    exact = bptt(module, x, d_h, resets)[1]
+    kept = torch.eye(9, dtype=torch.bool).repeat(len(exact["weight_hh_l0"]) // 9, 1)
+    found = gradients_of(module)
+    for gradients in (found, exact):
+        gradients["weight_hh_l0"] = gradients["weight_hh_l0"][kept]
+    assert_close(found, exact, 1e-10)
+
+
+def test_reference_is_bptt_in_numpy():
+    for cell in CELLS:
+        module = make(cell, 2, 4)
+        x, d_h, _ = stream(9, 3, 2, 4)
+        result, gradients = as_reference(module, x, d_h, None, "exact")
+        weights = [w.detach().numpy() for w in module.parameters()]
+        forward = reference.forward(cell, x.numpy(), None, None, [*weights, None])
+        expected = reference.backward(forward, d_h.numpy())
+        for name, short in zip(gradients, ("w_ih", "w_hh", "b_ih", "b_hh")):
+            assert np.abs(gradients[name].numpy() - getattr(expected, short)).max() <= 1e-12
+        assert np.abs(result.output - forward.output).max() <= 1e-15
+
+
+@each_cell
+def test_what_a_parameter_touches(cell):
+    """Its own unit; gate o of the LSTM not the cell; r before the product every unit."""
+    weights = reference.Weights(*(w.detach().numpy() for w in make(cell, 2, 3).parameters()))
+    touched = reference.touched(cell, weights)
+    of_unit = np.eye(3, dtype=bool)
+    expected = {
+        "lstm": np.block([[of_unit] * 4, [of_unit] * 3 + [np.zeros((3, 3), bool)]]),
+        "gru_reset_before": np.block([[np.ones((3, 3), bool), of_unit, of_unit]]),
+        "gru": np.block([[of_unit] * 3]),
+    }.get(cell, of_unit)
+    assert np.array_equal(touched[:, -expected.shape[1] :], expected)  # of b_hh
+
+
+# Chunks
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+def test_chunks_of_any_length(chunk):
+    module = make("lstm", 3, 5)
+    x, d_h, resets = stream(21, 3, 3, 5)
+    learn(RTRL(module, "chunked", chunk=chunk), x, d_h, resets)
+    assert_close(gradients_of(module), bptt(module, x, d_h, resets)[1], 1e-11)
+
+
+def test_gradients_of_a_chunk_arrive_at_its_end():
+    module = make("gru", 3, 4)
+    rtrl = RTRL(module, "chunked", chunk=5)
+    x, d_h, _ = stream(6, 2, 3, 4)
+    learn(rtrl, x[:5], d_h[:5], flush=False)
+    assert module.weight_hh_l0.grad is None
+    rtrl.step(x[5])
+    assert_close(gradients_of(module), bptt(module, x[:5], d_h[:5])[1], 1e-11)
+    rtrl.flush()
+    rtrl.accumulate(d_h[5])  # after the end of its chunk
+    assert_close(gradients_of(module), bptt(module, x, d_h)[1], 1e-11)
+
+
+def test_chunked_many_sequences_in_blocks():
+    module = make("lstm", 2, 70)  # 140 rows a sequence: more than one block
+    x, d_h, resets = stream(5, 5, 2, 70)
+    learn(RTRL(module, "chunked", chunk=2), x, d_h, resets)
+    assert_close(gradients_of(module), bptt(module, x, d_h, resets)[1], 1e-11)
+
+
+# In use
+
+
+@pytest.mark.parametrize("cell", ["rnn_relu", "lstm", "gru"])
+def test_chunked_learns_as_exact_does_while_weights_change(cell):
+    modules = [make(cell, 3, 6)]
+    modules.append(copy.deepcopy(modules[0]))
+    x, d_h, resets = stream(15, 2, 3, 6)
+    for module, mode in zip(modules, ("exact", "chunked")):
+        rtrl = RTRL(module, mode)
+        optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+        for t in range(0, 15, 3):
+            optimizer.zero_grad()
+            part = slice(t, t + 3)
+            learn(rtrl, x[part], d_h[part], resets[part])
+            optimizer.step()
+    expected = dict(modules[0].named_parameters())
+    assert_close(dict(modules[1].named_parameters()), expected, 1e-10)
+
+
+def test_a_change_of_weights_ends_a_chunk():
+    modules = [make("gru", 3, 6)]
+    modules.append(copy.deepcopy(modules[0]))
+    x, d_h, _ = stream(8, 2, 3, 6)
+    for module, mode in zip(modules, ("exact", "chunked")):
+        rtrl = RTRL(module, mode)
+        for t in range(8):
+            rtrl.step(x[t])
+            rtrl.accumulate(d_h[t])
+            with torch.no_grad():
+                module.weight_hh_l0.mul_(0.9)
+        rtrl.flush()
+    assert_close(gradients_of(modules[1]), gradients_of(modules[0]), 1e-10)
+
+
+@pytest.mark.parametrize("mode", ["exact", "chunked"])
+def test_with_a_loss_and_an_optimizer(mode):
+    """An online learner that repeats the input of three steps before gets to know it."""
+    rnn, head = rnn_ext.RNN(1, 12), torch.nn.Linear(12, 1)
+    optimizer = torch.optim.Adam([*rnn.parameters(), *head.parameters()], 1e-2)
+    rtrl = RTRL(rnn, mode, **({"chunk": 6} if mode == "chunked" else {}))
+    x = torch.randint(2, (900, 8, 1)).float()
+    losses = []
+    for t in range(3, 900):
+        h = rtrl.step(x[t]).requires_grad_()
+        loss = (head(h) - x[t - 3]).square().mean()
+        loss.backward()
+        rtrl.accumulate(h.grad)
+        losses.append(loss.item())
+        if t % 6 == 2:
+            rtrl.flush()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sum(losses[-50:]) < 0.5 * sum(losses[:50])
+
+
+@each_mode
+def test_a_frozen_parameter_gets_no_gradient_and_gradients_add_up(mode):
+    module = make("gru", 3, 5)
+    module.bias_hh_l0.requires_grad_(False)
+    x, d_h, _ = stream(6, 2, 3, 5)
+    learn(RTRL(module, mode), x, d_h)
+    once = {name: g for name, g in gradients_of(module).items() if g is not None}
+    assert sorted(once) == ["bias_ih_l0", "weight_hh_l0", "weight_ih_l0"]
+    once = {name: g.clone() for name, g in once.items()}
+    learn(RTRL(module, mode), x, d_h)
+    for name, value in once.items():
+        assert (getattr(module, name).grad - 2 * value).abs().max() <= 1e-12
+
+
+@each_mode
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+def test_state_dict_goes_on_where_it_was(mode, cell):
+    module = make(cell, 3, 5)
+    x, d_h, resets = stream(11, 2, 3, 5)
+    rtrl = RTRL(module, mode)
+    learn(rtrl, x[:7], d_h[:7], resets[:7], flush=False)
+    file = io.BytesIO()
+    torch.save(rtrl.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(module)
+    resumed = RTRL(other, mode)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.steps == 7
+    module.zero_grad()
+    outputs = [learn(r, x[7:], d_h[7:], resets[7:]) for r in (rtrl, resumed)]
+    assert torch.equal(*outputs)
+    assert_close(gradients_of(other), gradients_of(module), 1e-14)
+
+
+@each_mode
+def test_reset_between_steps_is_reset_in_a_step(mode):
+    x, d_h, _ = stream(6, 3, 3, 5)
+    mask = torch.tensor([True, False, True])
+    modules = [make("lstm", 3, 5)]
+    modules.append(copy.deepcopy(modules[0]))
+    for module, between in zip(modules, (True, False)):
+        rtrl = RTRL(module, mode)
+        for t in range(6):
+            if t == 4 and between:
+                rtrl.reset(mask)
+            rtrl.step(x[t], mask if t == 4 and not between else None)
+            rtrl.accumulate(d_h[t])
+        rtrl.flush()
+    assert_close(gradients_of(modules[1]), gradients_of(modules[0]), 1e-12)
+
+
+def test_reset_of_all_takes_another_number_of_streams():
+    module = make("gru", 3, 5)
+    rtrl = RTRL(module)
+    rtrl.step(random(2, 3))
+    with pytest.raises(ValueError, match=r"there are 2 streams, but x has 4 rows; call reset\(\)"):
+        rtrl.step(random(4, 3))
+    rtrl.reset()
+    assert rtrl.steps == 0 and rtrl.memory() == 0
+    x, d_h, _ = stream(5, 4, 3, 5)
+    learn(rtrl, x, d_h)
+    assert_close(gradients_of(module), bptt(module, x, d_h)[1], 1e-11)
+
+
+@each_mode
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_memory_does_not_grow_with_the_stream(cell, mode):
+    rtrl = RTRL(make(cell, 1, 2), mode, chunk=40 if mode == "chunked" else None)
+    x = random(1, 1)
+    sizes = []
+    for steps in (1000, 9000):  # after 1,000 and 10,000
+        for _ in range(steps):
+            rtrl.step(x)
+        state = rtrl.state_dict().values()
+        tensors = [value for value in state if isinstance(value, torch.Tensor)]
+        sizes.append((rtrl.memory(), sum(t.numel() for t in tensors)))
+    assert sizes[0][0] > 0 and sizes[0] == sizes[1]
+
+
+@each_mode
+def test_output_is_the_callers(mode):
+    """What is done to a returned h does not reach the stream."""
+    module = make("gru", 3, 5)
+    x = random(4, 2, 3)
+    quiet, loud = RTRL(module, mode), RTRL(module, mode)
+    for t in range(4):
+        expected, h = quiet.step(x[t]), loud.step(x[t].requires_grad_())
+        assert torch.equal(h, expected) and not h.requires_grad
+        h.fill_(7.0)
+
+
+# Bad input
+
+
+@each_mode
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_reported_with_its_step(mode, bad):
+    module = make("lstm", 3, 5)
+    x, d_h, _ = stream(8, 2, 3, 5)
+    rtrl = RTRL(module, mode)
+    learn(rtrl, x[:4], d_h[:4], flush=False)
+    broken = x[4].clone()
+    broken[1, 2] = bad
+    with pytest.raises(FloatingPointError, match="x is not finite at step 4"):
+        rtrl.step(broken)
+    with pytest.raises(FloatingPointError, match="dL_dh is not finite at step 3"):
+        rtrl.accumulate(d_h[0] * bad)
+    learn(rtrl, x[4:], d_h[4:])  # as if nothing had been
+    whole = copy.deepcopy(module)
+    whole.zero_grad()
+    learn(RTRL(whole, mode), x, d_h)
+    assert_close(gradients_of(module), gradients_of(whole), 1e-12)
+
+
+@each_mode
+def test_a_state_that_overflows_is_reported_with_its_step(mode):
+    module = make("rnn_relu", 1, 2)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.fill_(1e60)
+    rtrl = RTRL(module, mode)
+    x = random(1, 1).abs()
+    with pytest.raises(FloatingPointError, match=r"the state is not finite at step [45]"):
+        for _ in range(20):
+            rtrl.step(x)
+
+
+def test_an_influence_that_overflows_is_reported_with_its_step():
+    module = make("rnn_relu", 1, 2)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.fill_(1e30)
+        module.bias_ih_l0.fill_(1.0), module.bias_hh_l0.fill_(0.0), module.weight_ih_l0.fill_(0.0)
+    rtrl = RTRL(module)
+    for _ in range(10):
+        rtrl.step(random(1, 1))
+    with pytest.raises(FloatingPointError, match="dh/dtheta is not finite at step 9"):
+        rtrl.accumulate(torch.full((1, 2), 1e300, dtype=torch.float64))
+    assert module.weight_hh_l0.grad is None
+
+
+@pytest.mark.parametrize(
+    "module, error, message",
+    [
+        (lambda: make("lstm_projected", 3, 4), ValueError, "proj_size=1"),
+        (lambda: make("gru", 3, 4, num_layers=2), ValueError, "2 layers; .* use one layer"),
+        (lambda: make("gru", 3, 4, bidirectional=True), ValueError, "bidirectional; .* a stream"),
+        (lambda: torch.nn.GRU(3, 4), TypeError, "accelerate"),
+        (lambda: torch.nn.Linear(3, 4), TypeError, "RNN, LSTM or GRU, got Linear"),
+        (lambda: rnn_ext.GRUCell(3, 4), TypeError, "RNN, LSTM or GRU, got GRUCell"),
+        (lambda: rnn_ext.quantize_weights(rnn_ext.GRU(3, 4), "int8"), TypeError, "RNN, LSTM or"),
+        (lambda: rnn_ext.GRU(3, 4, dtype=torch.bfloat16), TypeError, "use float32 or float64"),
+        (lambda: rnn_ext.GRU(3, 4, device="meta"), TypeError, "runs on the CPU alone"),
+        (
+            lambda: torch.nn.utils.parametrizations.weight_norm(make("gru", 3, 4), "weight_hh_l0"),
+            ValueError,
+            "weight_hh_l0 .* remove its parametrization",
+        ),
+    ],
+)
+def test_modules_that_are_refused(module, error, message):
+    with pytest.raises(error, match=message):
+        RTRL(module())
+
+
+def test_options_that_are_refused():
+    with pytest.raises(ValueError, match="reset_after=True"):
+        RTRL(make("gru_reset_before", 3, 4), "snap1")
+    with pytest.raises(ValueError, match="mode must be 'exact', 'snap1' or 'chunked', got 'uoro'"):
+        RTRL(make("gru", 3, 4), "uoro")
+    with pytest.raises(ValueError, match="chunk belongs to mode='chunked'"):
+        RTRL(make("gru", 3, 4), chunk=3)
+    with pytest.raises(ValueError, match="at least 1"):
+        RTRL(make("gru", 3, 4), "chunked", chunk=0)
+    with pytest.raises(TypeError, match="must be an int"):
+        RTRL(make("gru", 3, 4), "chunked", chunk=2.0)
+
+
+@each_mode
+def test_arguments_that_do_not_fit(mode):
+    rtrl = RTRL(make("gru", 3, 4), mode)
+    with pytest.raises(RuntimeError, match="no step yet"):
+        rtrl.accumulate(random(2, 4))
+    with pytest.raises(RuntimeError, match="no step yet"):
+        rtrl.reset(torch.tensor([True]))
+    with pytest.raises(ValueError, match=r"x must be \[B, 3\], got \[2, 4\]"):
+        rtrl.step(random(2, 4))
+    with pytest.raises(ValueError, match=r"x must be \[B, 3\], got \[3\]"):
+        rtrl.step(random(3))
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        rtrl.step([[1.0, 2.0, 3.0]])
+    with pytest.raises(TypeError, match=r"x is torch\.float32, but the weights are torch\.float64"):
+        rtrl.step(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="x is on meta"):
+        rtrl.step(random(2, 3).to("meta"))
+    for reset in (torch.tensor([True]), torch.tensor([1, 0]), [True, False]):
+        with pytest.raises(ValueError, match=r"reset must be a bool tensor \[2\]"):
+            rtrl.step(random(2, 3), reset)
+    rtrl.step(random(2, 3))
+    with pytest.raises(ValueError, match=r"dL_dh must be \[2, 4\], got \[1, 4\]"):
+        rtrl.accumulate(random(1, 4))
+
+
+@each_mode
+def test_states_that_do_not_fit(mode):
+    rtrl = RTRL(make("gru", 3, 4), mode)
+    rtrl.step(random(2, 3))
+    state = rtrl.state_dict()
+    other = "snap1" if mode == "exact" else "exact"
+    with pytest.raises(ValueError, match=f"is of mode '{mode}'"):
+        RTRL(make("gru", 3, 4), other).load_state_dict(state)
+    with pytest.raises(ValueError, match="cell 'gru', not"):
+        RTRL(make("lstm", 3, 4), mode).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"must be torch.float64 \[2, 5\]"):
+        RTRL(make("gru", 3, 5), mode).load_state_dict(state)
+    with pytest.raises(ValueError, match="has no 'mode'"):
+        rtrl.load_state_dict({})
+    with pytest.raises(ValueError, match="expected the tensors"):
+        rtrl.load_state_dict({k: v for k, v in state.items() if k != "influence"})
