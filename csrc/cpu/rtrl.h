@@ -101,6 +101,7 @@ class RtrlStep {
       for (int v = 0; v < vectors; v++)
         store(before + i * strip + v * lanes, load(m_h + i * width + from + v * lanes));
       for_row_blocks(0, hidden_, kTileRows<vectors>, [&](long first, int count) {
+        if (from == 0) prefetch_next(m_h, first, count);
         real* h = m_h + first * width + from;
         tile_long<real, vectors>(count, hidden_, jacobian(b, 0) + first * hidden_, hidden_, 1,
                                  before, h, width, false);
@@ -119,6 +120,16 @@ class RtrlStep {
       });
     }
     add_immediate(b, p, s, m_h, m_c);
+  }
+
+  // Rows of the panel that follows: a panel is too short for the CPU to foresee them.
+  RNN_EXT_INLINE static void prefetch(const real* rows, long count) {
+    for (long i = 0; i < count * width; i += 64 / sizeof(real)) __builtin_prefetch(rows + i);
+  }
+  RNN_EXT_INLINE void prefetch_next(const real* m_h, long first, long count) const {
+    const real* next = m_h + (Cell::states * hidden_ + first) * width;
+    prefetch(next, count);
+    if constexpr (lstm) prefetch(next + hidden_ * width, count);
   }
 
   // Columns of a panel, one unit of one net after the other.

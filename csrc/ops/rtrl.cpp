@@ -14,13 +14,13 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sigmoid_backward.h>
 #include <ATen/ops/sigmoid.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "../cpu/dispatch.h"
 #include "../cpu/rtrl_problem.h"
+#include "../cpu/scratch.h"
 
 namespace rnn_ext {
 namespace {
@@ -201,8 +201,10 @@ bool split(const Layout& layout, const real* columns, RtrlGradients& out, real) 
 
 Tensor rtrl_influence(const RtrlLayer& layer, long batch, bool diagonal) {
   const Layout layout(layer);
-  return at::zeros(influence_shape(layout, batch, diagonal, layer.w_hh.scalar_type()),
-                   layer.w_hh.options());
+  const Tensor influence = at::empty(
+      influence_shape(layout, batch, diagonal, layer.w_hh.scalar_type()), layer.w_hh.options());
+  advise_huge_pages(influence.mutable_data_ptr(), influence.nbytes());
+  return influence.zero_();
 }
 
 std::tuple<Tensor, OptionalTensor, bool> rtrl_step(const RtrlLayer& given, const Tensor& x,

@@ -3,8 +3,8 @@
 J. Schmidhuber, "A fixed size storage O(n^3) time complexity learning algorithm for fully recurrent
 continually running networks", Neural Computation 4, 1992. Parameters act on the losses of a chunk
 that starts at step k inside the chunk, which backpropagation gives, and by way of s_k, whose
-influence R = ds_k/dtheta is known. At the end s_m of the chunk R becomes (ds_m/ds_k) R plus the part
-from inside the chunk, whose rows are the backward passes of the units of s_m: a batch of them.
+influence R = ds_k/dtheta is known. At the end s_m of the chunk R becomes (ds_m/ds_k) R plus the
+part from inside the chunk, whose rows are the backward passes of the units of s_m: a batch of them.
 """
 
 import torch

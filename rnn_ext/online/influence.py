@@ -20,7 +20,7 @@ class Influence:
         weights = layer.weights()
         self.h = weights[1].new_zeros(batch, layer.hidden_size)
         self.c = self.h.clone() if layer.cell == "lstm" else None
-        self.influence = _C.rtrl_influence(layer.cell, weights, batch, diagonal).detach()
+        self.influence = _C.rtrl_influence(layer.cell, weights, batch, diagonal)
 
     def reset(self, mask: Tensor) -> None:
         for part in (self.h, self.c, self.influence):

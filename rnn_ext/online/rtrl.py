@@ -153,7 +153,7 @@ class RTRL:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Ends the chunk of "chunked": all gradients are in ``.grad`` then. Else nothing happens."""
+        """Ends the chunk of "chunked", so that all gradients are in ``.grad``; else a no-op."""
         if self._carried is not None:
             self._add(self._carried.flush())
 
