@@ -116,11 +116,17 @@ class Control:
         *tensors: Tensor | None,
         batch_sizes: Tensor | None = None,
         reverse: bool = False,
+        resets: Tensor | None = None,
         return_cells: bool = False,
     ) -> tuple[Any, ...]:
-        """As ``ops.layer``."""
+        """As ``ops.layer``; ``resets`` only where no gradients are recorded."""
         given = (input, *tensors)
-        options = {"batch_sizes": batch_sizes, "reverse": reverse, "return_cells": return_cells}
+        options = {
+            "batch_sizes": batch_sizes,
+            "reverse": reverse,
+            "resets": resets,
+            "return_cells": return_cells,
+        }
         recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
         if recorded or transforms.watched():
             return self._recorded(cell, given, options)
@@ -159,6 +165,7 @@ class Control:
         *tensors: Tensor | None,
         batch_sizes: Tensor | None = None,
         reverse: bool = False,
+        resets: Tensor | None = None,
         return_cells: bool = True,
     ) -> tuple[Tensor | None, ...]:
         """As ``composite.layer``, with gradients clipped and watched."""
@@ -168,6 +175,7 @@ class Control:
             *tensors,
             batch_sizes=batch_sizes,
             reverse=reverse,
+            resets=resets,
             return_cells=return_cells,
             watch=watch,
         )

@@ -406,6 +406,7 @@ def test_an_influence_that_overflows_is_reported_with_its_step():
         (lambda: make("lstm_projected", 3, 4), ValueError, "proj_size=1"),
         (lambda: make("gru", 3, 4, num_layers=2), ValueError, "2 layers; .* use one layer"),
         (lambda: make("gru", 3, 4, bidirectional=True), ValueError, "bidirectional; .* a stream"),
+        (lambda: make("gru", 3, 4, grad_clip=1.0), ValueError, "clip those of the parameters"),
         (lambda: torch.nn.GRU(3, 4), TypeError, "accelerate"),
         (lambda: torch.nn.Linear(3, 4), TypeError, "RNN, LSTM or GRU, got Linear"),
         (lambda: rnn_ext.GRUCell(3, 4), TypeError, "RNN, LSTM or GRU, got GRUCell"),

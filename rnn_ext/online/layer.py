@@ -49,6 +49,11 @@ class Layer(NamedTuple):
                 f"RTRL: {kind} has proj_size={module.proj_size}; the influence of parameters on a "
                 "projected state is not computed; use proj_size=0"
             )
+        if module.grad_clip is not None:
+            raise ValueError(
+                f"RTRL: {kind} has grad_clip={module.grad_clip!r}, which clips dL/dh_t; gradients "
+                "carried forward in time have none: clip those of the parameters instead"
+            )
         names = NAMES if module.bias else NAMES[:2]
         missing = [name for name in names if name not in module._parameters]
         if missing:
