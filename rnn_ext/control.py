@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composite, ops, transforms
+from . import composite, ops, recompute, transforms
 from .backend import current, warn_once
-from .recompute import Flow, Layer
+from .recompute import Flow
 
 __all__ = ["Control", "checked_control"]
 
@@ -144,10 +144,7 @@ class Control:
         elif input.is_cuda:
             obstacle = "on CUDA"
         if obstacle is None and current() != "reference":
-            output, h_n, *states = Layer.apply(
-                *given, cell, options["batch_sizes"], options["reverse"], self
-            )
-            return output, h_n, *(states or (None, None))
+            return recompute.layer(self, cell, given, options["batch_sizes"], options["reverse"])
         if not self.looks_at_gradients:
             if obstacle is not None:
                 warn_once(f"rnn_ext: {self} has no effect {obstacle}: everything is kept")

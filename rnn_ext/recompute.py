@@ -1,7 +1,9 @@
 """A layer whose backward pass computes again what the forward pass did not keep (control.py)."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from . import _C, transforms
 from .backend import warn_once
 
-__all__ = ["Flow", "Layer"]
+__all__ = ["Flow", "layer"]
 
 _INPUTS, _FIRST_WEIGHT = 8, 3
 
@@ -82,7 +84,19 @@ def _flat(tensor):
     return None if tensor is None else tensor.reshape(-1, tensor.size(-1))
 
 
-class Layer(torch.autograd.Function):
+def layer(
+    how: Any,
+    cell: str,
+    tensors: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Any, ...]:
+    """As ``ops.layer`` where gradients are recorded, under the `Control` ``how``."""
+    output, h_n, *states = _Layer.apply(*tensors, cell, batch_sizes, reverse, how)
+    return output, h_n, *(states or (None, None))
+
+
+class _Layer(torch.autograd.Function):
     """As ``ops._Layer``, under a `Control`."""
 
     @staticmethod

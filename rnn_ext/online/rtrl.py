@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked import Chunked
-from .influence import Influence
-from .layer import Layer
+from ._chunked import Chunked
+from ._influence import Influence
+from ._layer import Layer
 
 __all__ = ["RTRL"]
 

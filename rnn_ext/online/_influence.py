@@ -7,7 +7,7 @@ Exact, it is dh_t/dtheta, H P numbers for each sequence (LSTM: 2 H P, with dc_t/
 from torch import Tensor
 
 from .. import _C
-from .layer import Gradients, Layer
+from ._layer import Gradients, Layer
 
 __all__ = ["Influence"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .layer import Gradients, Layer
+from ._layer import Gradients, Layer
 
 __all__ = ["Chunked"]
 
