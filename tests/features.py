@@ -99,6 +99,7 @@ FEATURES = {
         row("memory of training that grows with T / k + k (`checkpoint_every=k`)", "test_memory_modes.py::test_checkpoints_keep_every_bit test_memory_modes.py::test_memory_grows_with_the_number_of_checkpoints", probes.checkpoint_every, SAME),
         row("the gradient clipped at every step (`grad_clip`)", "test_gradient_control.py::test_clipped_gradients_follow_the_reference", probes.grad_clip, SAME),
         row("the gradient's norm at every step (`gradient_flow`)", "test_gradient_control.py::test_gradient_flow_is_that_of_a_loop", "no: hooks see the output, not dL/dh_t", SAME),
+        row("real-time recurrent learning (`online.RTRL`)", "test_rtrl.py::test_gradients_are_those_of_bptt test_rtrl.py::test_memory_does_not_grow_with_the_stream", "no: backpropagation alone", SAME),
         row("which kernel would run, and why", "test_backends.py::test_explain_says_what_runs_and_why", "no: nothing to ask", SAME),
     ],
     "Modules": [
@@ -115,7 +116,7 @@ FEATURES = {
         row("frozen weights, hooks, subclasses", "test_modules.py::test_subclasses_hooks_and_frozen_weights", probes.frozen, SAME),
         row("many Python threads at once", "test_cpu.py::test_many_python_threads_at_once test_cpu.py::test_other_threads_run_while_a_kernel_does", probes.threads),
         row("forked and spawned workers", "test_concurrency.py::test_processes", NOT_MEASURED),
-        row("DistributedDataParallel: two processes equal one", "test_distributed.py::test_two_processes_are_one", MEASURE),
+        row("DistributedDataParallel, FSDP2, distributed checkpoints: two processes equal one", "test_distributed.py::test_two_processes_are_one", MEASURE),
         row("10,000 calls leave nothing behind", "test_concurrency.py::test_many_calls_leave_nothing_behind", NOT_MEASURED),
         row("calls typed: PackedSequence in, PackedSequence out", "test_typing.py", probes.typed_calls, SAME),
     ],
