@@ -113,6 +113,17 @@ def quantized_stack(
     batch_first: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
+def random_mask(
+    seed: int,
+    stream: int,
+    steps: Tensor,
+    rows: Tensor,
+    columns: int,
+    threshold: int,
+    kept: float,
+    like: Tensor,
+    /,
+) -> Tensor: ...
 def gates_width(cell: str, hidden: int, real_bytes: int, /) -> int: ...
 def plan_cpu(
     cell: str,

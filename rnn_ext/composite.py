@@ -76,8 +76,13 @@ def layer(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     return_cells: bool = True,
+    zoneout: tuple[Tensor | float, Tensor | float] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """One layer in one direction; arguments and results as of ``ops.layer``.
+
+    ``zoneout`` says how much of h_{t-1} and of c_{t-1} a step holds on to (Krueger et al. 2017,
+    arXiv:1606.01305): the same share everywhere, or a tensor laid out like the output (c: like the
+    cells) of zeros and ones.
 
     float16 and bfloat16 are computed in float32 and rounded at the end, as the kernels do it.
     """
@@ -89,9 +94,13 @@ def layer(
         )
     projected = linear(input, w_ih, b_ih)
     steps = projected.unbind(0) if batch_sizes is None else projected.split(batch_sizes.tolist())
-    outputs, cells, h_n, c_n = _over_time(
-        STEPS[cell], steps[::-1] if reverse else steps, h0, c0, (w_hh, b_hh, w_hr)
-    )
+    step, weights = STEPS[cell], (w_hh, b_hh, w_hr)
+    inputs = steps[::-1] if reverse else steps
+    if zoneout is not None:
+        step = _holding(step)
+        holds = [_by_step(hold, batch_sizes, len(steps)) for hold in zoneout]
+        inputs = list(zip(inputs, *(hold[::-1] if reverse else hold for hold in holds)))
+    outputs, cells, h_n, c_n = _over_time(step, inputs, h0, c0, weights)
     if reverse:
         outputs.reverse()
         cells.reverse()
@@ -101,13 +110,37 @@ def layer(
     return tuple(None if result is None else result.to(dtype) for result in results)
 
 
+def _holding(step):
+    """``step`` with zoneout: the new state is held back where, or as far as, the input says.
+
+    h' = z_h h + (1 - z_h) o tanh(c~)   c' = z_c c + (1 - z_c) c~      c~ is the plain step's c'
+    """
+
+    def zoned(inputs, h, c, *weights):
+        wx, hold_h, hold_c = inputs
+        new_h, new_c = step(wx, h, c, *weights)
+        new_h = hold_h * h + (1 - hold_h) * new_h
+        return new_h, None if c is None else hold_c * c + (1 - hold_c) * new_c
+
+    return zoned
+
+
+def _by_step(hold, batch_sizes, steps):
+    if not isinstance(hold, Tensor):
+        return [hold] * steps
+    return hold.unbind(0) if batch_sizes is None else hold.split(batch_sizes.tolist())
+
+
 def _over_time(step, inputs, h0, c0, weights):
-    """Runs ``step`` over ``inputs``, each of which has as many rows as sequences are alive then."""
-    rows = inputs[0].size(0)
+    """Runs ``step`` over ``inputs``, each of which has as many rows as sequences are alive then.
+
+    An input may be a tuple that begins with the tensor that has these rows."""
+    sizes = [(wx[0] if isinstance(wx, tuple) else wx).size(0) for wx in inputs]
+    rows = sizes[0]
     h, c = h0[:rows], None if c0 is None else c0[:rows]
     outputs, cells, ended = [], [], []
-    for wx in inputs:
-        before, rows = rows, wx.size(0)
+    for wx, size in zip(inputs, sizes):
+        before, rows = rows, size
         if rows < before:
             ended.append((h[rows:], None if c is None else c[rows:]))
             h, c = h[:rows], None if c is None else c[:rows]

@@ -41,6 +41,8 @@ class RNN(_WithoutProjection):
     the same parameters with the same values from the same seed. `forward` has the shapes and the
     errors.
 
+    What layers have beside torch.nn's arguments is listed in `RecurrentLayers`, and:
+
     Args:
         nonlinearity: f: "tanh", "relu" or, in torch.nn unknown, "sigmoid".
         recurrent_init: keyword only; None, "orthogonal" or "identity" (with relu the IRNN of Le et
@@ -54,7 +56,8 @@ class RNN(_WithoutProjection):
     @_shown_as(
         lambda self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
         batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None, *,
-        recurrent_init=None: None
+        residual=False, weight_dropout=0.0, variational_dropout=0.0, zoneout=0.0,
+        learn_initial_state=False, recurrent_init=None: None
     )  # fmt: skip
     def __init__(self, *args, **kwargs):
         if len(args) > 3:
@@ -81,12 +84,12 @@ class RNN(_WithoutProjection):
         return self.mode.lower()
 
     @property
-    def _extra(self):
+    def _own_extra(self):
         return "nonlinearity='sigmoid'" if self.mode == "RNN_SIGMOID" else None
 
     def extra_repr(self):
         text = super().extra_repr()
-        return text if self._extra is None else f"{text}, {self._extra}"
+        return text if self._own_extra is None else f"{text}, {self._own_extra}"
 
 
 class LSTM(RecurrentLayers):
@@ -99,6 +102,8 @@ class LSTM(RecurrentLayers):
     batch_first=False, dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None)``
     makes the same parameters with the same values from the same seed. `forward` has the shapes and
     the errors.
+
+    What layers have beside torch.nn's arguments is listed in `RecurrentLayers`, and:
 
     Args:
         forget_bias: keyword only; a number makes it the forget gate's bias at initialization (b_ih
@@ -123,7 +128,9 @@ class LSTM(RecurrentLayers):
     @_shown_as(
         lambda self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
         dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None, *,
-        forget_bias=None, recurrent_init=None: None
+        forget_bias=None,
+        residual=False, weight_dropout=0.0, variational_dropout=0.0, zoneout=0.0,
+        learn_initial_state=False, recurrent_init=None: None
     )  # fmt: skip
     def __init__(self, *args, forget_bias=None, **kwargs):
         forget_bias = checked_forget_bias("LSTM", forget_bias)
@@ -134,30 +141,31 @@ class LSTM(RecurrentLayers):
     def reset_parameters(self):
         super().reset_parameters()
         if self.forget_bias is not None:
-            for _, _, b_ih, b_hh, _ in self._weights():
-                forget_bias_("LSTM", b_ih, b_hh, self.hidden_size, self.forget_bias)
+            for (_, _, b_ih, b_hh, _), width in zip(self._weights(), self._widths_of_groups()):
+                forget_bias_("LSTM", b_ih, b_hh, width, self.forget_bias)
 
     def extra_repr(self):
         text = super().extra_repr()
         return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"
 
-    def forward(self, input, hx=None, *, lengths=None, return_cells=False):
+    def forward(self, input, hx=None, *, lengths=None, return_cells=False, return_gates=False):
         """Runs the layers over a sequence.
 
         Args:
-            input, lengths: as of `RecurrentLayers.forward`.
+            input, lengths, return_gates: as of `RecurrentLayers.forward`.
             hx: the pair ``(h_0, c_0)``, [num_layers * directions, B, proj_size or hidden_size] and
                 [num_layers * directions, B, hidden_size] (no B if there is no batch). None: zeros.
             return_cells: add a third result, every c_t of the last layer laid out like ``output``
                 with directions * hidden_size features.
 
         Returns:
-            ``(output, (h_n, c_n))``, or ``(output, (h_n, c_n), cells)``.
+            ``(output, (h_n, c_n))``, and then cells and gates where they are asked for.
 
         Raises:
             ValueError, RuntimeError: as `RecurrentLayers.forward`.
         """
-        return self._shown(self._run(input, hx, lengths, return_cells), return_cells)
+        details = ("cells",) * bool(return_cells) + ("gates",) * bool(return_gates)
+        return self._shown(self._run(input, hx, lengths, details), details)
 
 
 class GRU(_WithoutProjection):
@@ -169,6 +177,8 @@ class GRU(_WithoutProjection):
     Replaces `torch.nn.GRU`: ``GRU(input_size, hidden_size, num_layers=1, bias=True,
     batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`` makes the same
     parameters with the same values from the same seed. `forward` has the shapes and the errors.
+
+    What layers have beside torch.nn's arguments is listed in `RecurrentLayers`, and:
 
     Args:
         reset_after: keyword only. True, as torch.nn and cuDNN: n = tanh(W_n x_t + b_in + r (U_n
@@ -187,7 +197,8 @@ class GRU(_WithoutProjection):
     @_shown_as(
         lambda self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
         dropout=0.0, bidirectional=False, device=None, dtype=None, *, reset_after=True,
-        recurrent_init=None: None
+        residual=False, weight_dropout=0.0, variational_dropout=0.0, zoneout=0.0,
+        learn_initial_state=False, recurrent_init=None: None
     )  # fmt: skip
     def __init__(self, *args, reset_after=True, **kwargs):
         if not isinstance(reset_after, bool):
@@ -201,9 +212,9 @@ class GRU(_WithoutProjection):
         return "gru" if self.reset_after else "gru_reset_before"
 
     @property
-    def _extra(self):
+    def _own_extra(self):
         return None if self.reset_after else "reset_after=False"
 
     def extra_repr(self):
         text = super().extra_repr()
-        return text if self._extra is None else f"{text}, {self._extra}"
+        return text if self._own_extra is None else f"{text}, {self._own_extra}"

@@ -12,6 +12,7 @@ from . import _C, functional, library, onnx
 from .backend import is_plain_call
 from .layers import RecurrentLayers
 from .modules import GRU, LSTM, RNN
+from .replacement import Replacement
 
 __all__ = ["KINDS", "QuantizedLayers", "pack", "quantize_weights", "unpack"]
 
@@ -84,6 +85,8 @@ def _check_quantizable(name, layer):
             reason = f"has {key} in {weight.dtype} on {weight.device}; call .float().cpu() first"
         elif not weight.isfinite().all():
             reason = f"has an entry of {key} that is not finite"
+    if layer._lasting_option is not None:
+        reason = f"has {layer._lasting_option}, which quantized layers have not"
     if not reason and len(list(layer.parameters())) != sum(map(len, layer._all_weights)):
         reason = "has weights that are no parameters of its own"
     if reason:
@@ -141,10 +144,16 @@ class QuantizedLayers(torch.nn.Module):
 
     _arrange = RecurrentLayers._arrange
     _initial = RecurrentLayers._initial
+    _in_order = RecurrentLayers._in_order
+    _state_sizes = RecurrentLayers._state_sizes
+    _widths = RecurrentLayers._widths
+    _widths_of_groups = RecurrentLayers._widths_of_groups
     _like = RecurrentLayers._like
     _joined = RecurrentLayers._joined
-    _states = RecurrentLayers._states
+    _states = Replacement._states
     _run_with_lengths = RecurrentLayers._run_with_lengths
+    _run_gathered = RecurrentLayers._run_gathered
+    _checked_lengths = RecurrentLayers._checked_lengths
     _as_leaf = RecurrentLayers._as_leaf
 
     kind: str
@@ -157,6 +166,7 @@ class QuantizedLayers(torch.nn.Module):
     bidirectional: bool
     proj_size: int
     _all_weights: list[list[str]]
+    learn_initial_state = False
 
     def __init__(self) -> None:
         raise TypeError("QuantizedLayers: made by rnn_ext.quantize_weights, not by its constructor")
@@ -257,10 +267,10 @@ class QuantizedLayers(torch.nn.Module):
         if return_cells:
             raise ValueError(f"{self._get_name()}: return_cells needs the float32 layer")
         if lengths is not None:
-            return self._run_with_lengths(input, hx, lengths, False)[:2]
+            return self._run_with_lengths(input, hx, lengths, ())[:2]
         return self._run(input, hx)[:2]
 
-    def _run(self, input, hx, lengths=None, return_cells=False):
+    def _run(self, input, hx, lengths=None, details=()):
         if type(input) is Tensor and is_plain_call():
             results = self._run_plain(input, hx)
             if results is not None:

@@ -23,6 +23,7 @@ class Replacement:
     _twin: type
     _cell: str  # name of the cell, as rnn_ext.ops knows it
     _extra = None  # what the twin has no equivalent of, in words
+    _unserved = None  # why no kernel serves it, whatever the input
     recurrent_init: str | None = None
 
     def _keep_recurrent_init(self, kind):

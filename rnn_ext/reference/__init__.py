@@ -16,6 +16,7 @@ else against it. NumPy is all it needs, and nothing in it is fast.
 (2.0, 0.0)
 """
 
+from . import random
 from .cells import (
     ElmanStep,
     GRUStep,
@@ -54,5 +55,6 @@ __all__ = [
     "gru_step_backward",
     "lstm_step",
     "lstm_step_backward",
+    "random",
     "sigmoid",
 ]

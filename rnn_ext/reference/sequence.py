@@ -56,6 +56,7 @@ class Tape:
         tuple[int, ndarray, Any]
     ]  # (t, rows that took part, record of the step), in the order they were made
     input_size: int
+    holds: list[ndarray]  # zoneout: [T, B, size] of h and c, the share of the state that stays
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def forward(
     batch_sizes: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
     reverse: bool = False,
+    zoneout: tuple[ArrayLike, ArrayLike] = (0.0, 0.0),
 ) -> Result:
     """Run one layer in one direction over a batch of sequences.
 
@@ -114,6 +116,8 @@ def forward(
         lengths: [B], 0..T, in any order: steps in each row of the padded x, whose rest is never
             read.
         reverse: from each row's last step to its first.
+        zoneout: the share of h_{t-1} and of c_{t-1} that stays in place of the step's own (Krueger
+            et al. 2017): numbers, or laid out like output and cells; 0 and 1 are masks.
 
     Raises:
         ValueError: an unknown cell, a wrong shape, or lengths or batch_sizes out of range.
@@ -136,21 +140,24 @@ def forward(
         raise ValueError(f"reference: {cell} has no cell state, c0 must be None")
     given = zip((h0, c0), sizes, ("h0", "c0"), strict=False)  # the LSTM alone has two
     state = [_filled(value, (batch, size), name) for value, size, name in given]
+    holds = [_held(hold, active, size, packed) for hold, size in zip(zoneout, sizes, strict=False)]
     trajectory = [np.zeros((steps, batch, size)) for size in sizes]
 
     tape = []
     for t in reversed(range(steps)) if reverse else range(steps):
         rows = np.flatnonzero(active[t])
         record = spec.step(x[t, rows], *(s[rows] for s in state), weights)
-        for s, states, new in zip(state, trajectory, record.state, strict=True):
-            s[rows] = states[t, rows] = new
+        # h' = z_h h + (1 - z_h) h~   c' = z_c c + (1 - z_c) c~   h~ has c~ in it, not c'
+        for s, states, new, hold in zip(state, trajectory, record.state, holds, strict=True):
+            s[rows] = states[t, rows] = hold[t, rows] * s[rows] + (1 - hold[t, rows]) * new
         tape.append((t, rows, record))
 
     if packed:
         trajectory = [states[active] for states in trajectory]
     output, all_c = (*trajectory, None)[:2]
     h_n, c_n = (*state, None)[:2]
-    return Result(output, h_n, c_n, all_c, Tape(spec, weights, active, packed, tape, x.shape[-1]))
+    tape = Tape(spec, weights, active, packed, tape, x.shape[-1], holds)
+    return Result(output, h_n, c_n, all_c, tape)
 
 
 def backward(
@@ -180,11 +187,13 @@ def backward(
     dx = np.zeros((*tape.active.shape, tape.input_size))
     totals = [None if w is None else np.zeros_like(w) for w in tape.weights]
     for t, rows, record in reversed(tape.steps):
-        reaching = (d[rows] + at[t, rows] for d, at in zip(d_state, d_trajectory, strict=True))
-        step = tape.cell.step_backward(record, *reaching, tape.weights)
+        reaching = [d[rows] + at[t, rows] for d, at in zip(d_state, d_trajectory, strict=True)]
+        kept = [hold[t, rows] for hold in tape.holds]
+        own = ((1 - k) * d for k, d in zip(kept, reaching, strict=True))
+        step = tape.cell.step_backward(record, *own, tape.weights)
         dx[t, rows] = step.x
-        for d, before in zip(d_state, step.state, strict=True):
-            d[rows] = before
+        for d, before, k, r in zip(d_state, step.state, kept, reaching, strict=True):
+            d[rows] = before + k * r
         for total, term in zip(totals, step.weights, strict=True):
             if total is not None:
                 total += term
@@ -213,6 +222,17 @@ def _active(x, batch_sizes, lengths):
     if lengths.shape != (batch,) or (lengths < 0).any() or (lengths > steps).any():
         raise ValueError(f"reference: lengths must be [B] = [{batch}], each from 0 to T = {steps}")
     return np.arange(steps)[:, None] < lengths
+
+
+def _held(hold, active, size, packed):
+    """[T, B, size] of the share of a state that stays."""
+    hold = _float64(hold)
+    if hold.ndim == 0:
+        return np.full((*active.shape, size), hold)
+    hold = _unpack(hold, active) if packed else hold
+    if hold.shape != (*active.shape, size):
+        raise ValueError(f"reference: zoneout must be laid out like output, got {hold.shape}")
+    return hold
 
 
 def _unpack(packed, active):
