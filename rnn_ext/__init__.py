@@ -54,7 +54,7 @@ def _check_extension() -> None:
 
 _check_extension()
 
-from . import functional, reference  # noqa: E402
+from . import converters, functional, reference  # noqa: E402
 from .backend import FallbackWarning, backends, use_backend  # noqa: E402
 from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
 from .modules import GRU, LSTM, RNN  # noqa: E402
@@ -74,6 +74,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "backends",
+    "converters",
     "explain",
     "functional",
     "quantize_weights",

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-__all__ = ["DEFAULTS", "checked_option", "checked_widths", "in_words", "make_parameters"]
+__all__ = [
+    "DEFAULTS",
+    "checked_option",
+    "checked_widths",
+    "in_words",
+    "make_initial_states",
+    "make_parameters",
+    "named_arguments",
+    "reset_uniform",
+]
 
 # In the order of the repr. A layer has as attributes what is not the default.
 DEFAULTS = {
