@@ -21,9 +21,11 @@ class ExtendedLayers(Replacement, torch.nn.RNNBase):
     ours and back by an exchange of classes.
     """
 
-    residual = False
-    weight_dropout = variational_dropout = zoneout = 0.0
-    learn_initial_state = False
+    residual: bool = False
+    weight_dropout: float = 0.0
+    variational_dropout: float = 0.0
+    zoneout: float = 0.0
+    learn_initial_state: bool = False
     _extended = False  # whether any of these was ever set
     _own_extra: str | None = None  # what makes the cell one that torch.nn has not, in words
 
@@ -66,10 +68,7 @@ class ExtendedLayers(Replacement, torch.nn.RNNBase):
             known |= {"hidden_size": max(widths), "num_layers": len(widths)}
         bias = named.get("bias", True)
         super().__init__(**named | known | {"bias": True if bias == "single" else bias})
-        self._extended = True
-        self.bias = bias
-        if widths is not None:
-            self.hidden_size = widths
+        self.__dict__.update(_extended=True, bias=bias, hidden_size=widths or self.hidden_size)
         options.make_parameters(self, functional.gates(self._cell), factory)
         self.reset_parameters()
 

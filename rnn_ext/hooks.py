@@ -1,11 +1,16 @@
 """What a stack does around its layers: masks, residual links, zoneout, and a look at the gates."""
 
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
 
 from . import inspection, random
 
 __all__ = ["Hooks"]
+
+Group: TypeAlias = tuple[Tensor | None, ...]
 
 
 class Hooks:
@@ -33,14 +38,16 @@ class Hooks:
         zoneout: float = 0.0,
         gates: bool = False,
     ) -> None:
-        self.directions, self.training = directions, training
-        self.residual, self.zoneout = residual, zoneout
-        self.weight_dropout = weight_dropout if training else 0.0
-        self.variational_dropout = variational_dropout if training else 0.0
-        self.gates = gates
+        self.directions: int = directions
+        self.training: bool = training
+        self.residual: bool = residual
+        self.zoneout: float = zoneout
+        self.weight_dropout: float = weight_dropout if training else 0.0
+        self.variational_dropout: float = variational_dropout if training else 0.0
+        self.gates: bool = gates
         self.sequences: Tensor | None = None
         self._seed: Tensor | None = None
-        self._weights: list[tuple[Tensor | None, ...]] | None = None
+        self._weights: list[Group] | None = None
         self._recorded: list[Tensor] = []
 
     @property
@@ -48,7 +55,7 @@ class Hooks:
         """Whether there is anything to do between layers, or inside of them."""
         return bool(self.residual or self.zoneout or self.variational_dropout or self.gates)
 
-    def weights(self, groups):
+    def weights(self, groups: list[Group]) -> list[Group]:
         """``groups`` (w_ih, w_hh, ...) with the masks of this call on w_hh."""
         if not self.weight_dropout:
             return groups
@@ -58,7 +65,7 @@ class Hooks:
             ]
         return self._weights
 
-    def before(self, first, x, batch, batch_sizes):
+    def before(self, first: int, x: Tensor, batch: int, batch_sizes: Tensor | None) -> Tensor:
         """The input of layer ``first``, masked: one mask for all steps of a sequence."""
         p = self.variational_dropout
         if not p:
@@ -69,7 +76,9 @@ class Hooks:
             mask = mask.index_select(0, inspection.rows_of(batch_sizes, x.size(0))[1].to(x.device))
         return x * mask
 
-    def options(self, first, x, group, batch_sizes):
+    def options(
+        self, first: int, x: Tensor, group: Sequence[Any], batch_sizes: Tensor | None
+    ) -> list[dict[str, Any]]:
         """Further arguments of layer ``first``, for each of its directions."""
         p = self.zoneout
         if not p:
@@ -98,12 +107,19 @@ class Hooks:
         kept = self._mask(purpose, layer, steps, rows, state.size(-1), self.zoneout, state, 1.0)
         return (1 - kept).reshape(*x.shape[:-1], state.size(-1))
 
-    def after(self, first, before, x):
+    def after(self, first: int, before: Tensor, x: Tensor) -> Tensor:
         """What layer ``first`` hands on, given what reached it and what it computed."""
         linked = self.residual and first > 0 and before.size(-1) == x.size(-1)
         return x + before if linked else x
 
-    def record(self, cell, x, group, results, batch_sizes):
+    def record(
+        self,
+        cell: str,
+        x: Tensor,
+        group: Sequence[Any],
+        results: Sequence[Any],
+        batch_sizes: Tensor | None,
+    ) -> None:
         """Keeps the gates of a layer that has run; the last one's stay."""
         if self.gates:
             self._recorded = [
@@ -113,7 +129,7 @@ class Hooks:
                 for direction, (tensors, result) in enumerate(zip(group, results))
             ]
 
-    def recorded(self, cell):
+    def recorded(self, cell: str) -> Tensor:
         """The last layer's gates, each with its directions side by side: [..., G * D * H]."""
         count = len(inspection.GATES[cell])
         parts = [gates.chunk(count, -1) for gates in self._recorded]

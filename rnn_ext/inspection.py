@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 __all__ = ["GATES", "gates", "rows_of"]
 
 _GRU = ("r", "z", "n")
-GATES = {
+GATES: dict[str, tuple[str, ...]] = {
     "lstm": ("i", "f", "g", "o"),
     "gru": _GRU,
     "gru_reset_before": _GRU,

@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 # In the order of the repr. A layer has as attributes what is not the default.
-DEFAULTS = {
+DEFAULTS: dict[str, bool | float] = {
     "residual": False,
     "weight_dropout": 0.0,
     "variational_dropout": 0.0,

@@ -166,7 +166,7 @@ class QuantizedLayers(torch.nn.Module):
     bidirectional: bool
     proj_size: int
     _all_weights: list[list[str]]
-    learn_initial_state = False
+    learn_initial_state: bool = False
 
     def __init__(self) -> None:
         raise TypeError("QuantizedLayers: made by rnn_ext.quantize_weights, not by its constructor")

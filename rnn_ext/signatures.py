@@ -22,8 +22,9 @@ __all__ = [
 Device: TypeAlias = torch.device | str | int | None
 Lengths: TypeAlias = Tensor | Sequence[int] | None
 Pair: TypeAlias = tuple[Tensor, Tensor]
-# One tensor, or one for each layer where layers have widths of their own.
-States: TypeAlias = Tensor | Sequence[Tensor] | None
+# One tensor, or one for each layer where layers have widths of their own. Not any sequence, though
+# any is taken: a pair (h, c) given to a GRU is an error worth finding.
+States: TypeAlias = Tensor | list[Tensor] | None
 PairOfStates: TypeAlias = Pair | tuple[Sequence[Tensor], Sequence[Tensor]] | None
 
 

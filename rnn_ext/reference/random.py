@@ -10,13 +10,12 @@ kernel can compute any of them at any time; ``rnn_ext.random`` says which counte
 """
 
 import numpy as np
-from numpy import ndarray
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["STREAMS", "keep", "philox", "stream", "threshold"]
 
 # What masks are for; each layer and direction has a stream of each.
-STREAMS = ("zoneout_h", "zoneout_c", "weight_dropout", "variational_dropout")
+STREAMS: tuple[str, ...] = ("zoneout_h", "zoneout_c", "weight_dropout", "variational_dropout")
 _RESERVED = 8  # streams of a layer and direction
 
 
@@ -30,7 +29,7 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), 2**32 - 1)
 
 
-def philox(counter: ArrayLike, seed: int) -> ndarray:
+def philox(counter: ArrayLike, seed: int) -> NDArray[np.uint32]:
     """Four words for each counter: uint32 [..., 4] to uint32 [..., 4]."""
     mask, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     c0, c1, c2, c3 = np.moveaxis(np.asarray(counter).astype(np.uint64), -1, 0)
@@ -45,7 +44,7 @@ def philox(counter: ArrayLike, seed: int) -> ndarray:
 
 def keep(
     seed: int, stream: int, steps: ArrayLike, rows: ArrayLike, columns: int, p: float
-) -> ndarray:
+) -> NDArray[np.bool_]:
     """bool [N, columns]: what a mask of probability ``p`` keeps in each step and sequence [N]."""
     steps, rows = np.asarray(steps), np.asarray(rows)
     quads = np.arange((columns + 3) // 4)
