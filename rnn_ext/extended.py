@@ -213,8 +213,7 @@ class ExtendedLayers(Replacement, torch.nn.RNNBase):
             )
         rows = 2 if self.bidirectional else 1
         each = ", ".join(f"[{rows}, B, {width}]" for width in self.hidden_size)
-        pair = " for h_0 and one for c_0, in a pair" if self._cell == "lstm" else ""
-        raise RuntimeError(
-            f"{self._get_name()}: hx must be a tuple with a tensor for each layer{pair}: {each} "
-            "(no B without a batch)"
-        )
+        what = "a tuple with a tensor for each layer"
+        if self._cell == "lstm":
+            what = f"a pair (h_0, c_0), each {what}"
+        raise RuntimeError(f"{self._get_name()}: hx must be {what}: {each} (no B without a batch)")

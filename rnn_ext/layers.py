@@ -127,6 +127,11 @@ class RecurrentLayers(ExtendedLayers):
         if reason is not None:
             if not self._must_compose(reason, extra):
                 return *self._run_twin(input, hx, reason), None
+            if batch_sizes is not None and torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"{self._get_name()} with {extra}: {reason}; torch.compile and torch.export "
+                    "take no lengths and no packed input there"
+                )
             self._update_flat_weights()
             self.check_input(x, batch_sizes)
             run = composite.layer

@@ -56,7 +56,8 @@ def mask(
         steps, rows: int64 [N] on the CPU: time and sequence of each row of the result.
     """
     limit = threshold(p)
-    if like.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if like.is_cpu and not (recorded or torch._C._are_functorch_transforms_active()):
         return _C.random_mask(seed.item(), stream, steps, rows, columns, limit, kept, like)
     steps, rows = steps.to(like.device), rows.to(like.device)
     quads = torch.arange((columns + 3) // 4, device=like.device)
