@@ -242,9 +242,7 @@ def stack(
         return output.to(h_dtype), _cast(h_n, h_dtype), c_n, cells
 
     run = run or ops.layer
-    if (
-        len(weights) == 1 and hooks is None
-    ):  # the loops below would cost a single step as much as its kernel
+    if len(weights) == 1 and hooks is None:  # the loops below cost as much as a step's kernel
         x, h_n, c_n, cells = run(
             cell,
             x,
@@ -258,7 +256,7 @@ def stack(
         return x, [h_n], [c_n], cells
     h_n, c_n = [], []
     for first in range(0, len(weights), directions):
-        whole = x
+        before = x
         if first and dropout:
             x = torch.dropout(x, dropout, True)
         if hooks is not None:
@@ -276,7 +274,7 @@ def stack(
                 run(cell, x, *tensors, reverse=reverse != bool(k), **options, **more[k])
                 for k, tensors in enumerate(group)
             ]
-        given = x  # to this layer
+        given = x
         if directions == 1:
             x, _, _, cells = results[0]
         else:
@@ -284,7 +282,7 @@ def stack(
             cells = [result[3] for result in results]
         if hooks is not None:
             hooks.record(cell, given, group, results, batch_sizes)
-            x = hooks.after(first, whole, x)
+            x = hooks.after(first, before, x)
         h_n += [result[1] for result in results]
         c_n += [result[2] for result in results]
     if not return_cells:

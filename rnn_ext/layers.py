@@ -161,11 +161,7 @@ class RecurrentLayers(ExtendedLayers):
         if "gates" in details:
             gates = hooks.recorded(self._cell)
             cells = gates if cells is None else torch.cat((cells, gates), -1)
-        return (
-            self._like(input, output),
-            state,
-            self._like(input, cells) if details else None,
-        )
+        return self._like(input, output), state, self._like(input, cells) if details else None
 
     def _run_plain(self, input, hx, hooks=None):
         """As `_run`, in one call of C++; None if the CPU kernels do not serve all of it."""

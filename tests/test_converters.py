@@ -1,5 +1,7 @@
 """Weights of Keras, ONNX and haste in our layers: those libraries' equations, then ours."""
 
+import doctest
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 import rnn_ext
+from rnn_ext import converters
 from rnn_ext.converters import from_haste, from_keras, from_onnx, to_keras
 from rnn_ext.reference import sigmoid
 
@@ -198,3 +201,9 @@ def test_haste(kind):
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_examples_of_the_docstrings_run():
+    for module in (converters, rnn_ext.reference.random):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
