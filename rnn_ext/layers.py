@@ -74,7 +74,7 @@ class RecurrentLayers(ExtendedLayers):
             ValueError, RuntimeError: as torch.nn does, for rank, sizes, dtypes and devices;
                 ValueError for ``lengths`` that do not fit.
         """
-        details = ("gates",) if return_gates else ()
+        details = () if return_gates is False else self._details(gates=return_gates)
         return self._shown(self._run(input, hx, lengths, details), details)
 
     def _shown(self, results, details=()):

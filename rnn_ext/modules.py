@@ -164,7 +164,9 @@ class LSTM(RecurrentLayers):
         Raises:
             ValueError, RuntimeError: as `RecurrentLayers.forward`.
         """
-        details = ("cells",) * bool(return_cells) + ("gates",) * bool(return_gates)
+        details = ()
+        if return_cells is not False or return_gates is not False:
+            details = self._details(cells=return_cells, gates=return_gates)
         return self._shown(self._run(input, hx, lengths, details), details)
 
 

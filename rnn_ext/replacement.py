@@ -68,6 +68,10 @@ class Replacement:
         warn_once(f"{self._get_name()}: torch.nn's kernel serves instead: {reason}")
         return result
 
+    def _details(self, **asked):
+        """What is asked for, by name; what torch.fx traces may be."""
+        return tuple(k for k, want in asked.items() if isinstance(want, Proxy) or want)
+
     def _as_leaf(self, input, **arguments):
         """A call node if torch.fx traces ``input`` or the state, otherwise None.
 

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 // One source for every instruction set: the compiler makes the variants, the loader takes one.
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(RNN_EXT_EMULATED)
 #define RNN_EXT_VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define RNN_EXT_VARIANTS
