@@ -22,7 +22,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class RecurrentLayers(Replacement, torch.nn.RNNBase):
     """Not for use on its own.
 
-    Three arguments of all constructors control training; results stay the same to the last bit.
+    Three arguments of all constructors control training; outputs and states stay the same to the
+    last bit.
     They have effect where gradients are recorded, on the CPU, in every layer and direction.
     torch.compile leaves a layer that trains with them out of its graph, and refuses it with
     fullgraph=True; exported programs have none of them.
@@ -36,7 +37,8 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             over time are taken in another order, which changes the last digits of the parameters'
             gradients (of packed input in reverse, of all).
         save: "all", or "states": keep h and c of every step, not the gates, and compute those again
-            in the backward pass, of all steps at once. Excludes ``checkpoint_every``.
+            in the backward pass, of all steps at once: the last digits of gradients may change.
+            Excludes ``checkpoint_every``, and takes no ``resets`` in training, as the others.
         grad_clip: None; a number v: each value of dL/dh_t, of the output at t and of later steps
             together, is held in [-v, v] before it goes on to the cell and to earlier steps; or
             ("norm", v): dL/dh_t of each sequence is scaled down to the norm v where it is larger
