@@ -14,8 +14,7 @@ CLIENTS := $(VENV)/clients
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: help environment demo test test-clients bench build gpu lint types docs features dist \
-  format clean
+.PHONY: help environment demo test test-clients bench build gpu lint types docs features dist format clean
 
 help:
 	@echo "make demo    train a character language model, rnn_ext beside torch.nn (under 3 minutes)"
