@@ -186,6 +186,7 @@ def test_arguments_are_left_alone_and_backward_can_be_repeated():
     untouched, _ = random_arguments("lstm", PROJECTION, "lengths")
     kept = {name: d.copy() for name, d in cotangents.items()}
     first = asdict(reference.backward(result, **cotangents))
+    first = {name: gradient for name, gradient in first.items() if gradient is not None}
     for name in ("x", "h0", "c0"):
         assert (arguments[name] == untouched[name]).all()
     for mine, same in zip(arguments["weights"], untouched["weights"], strict=True):
