@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import _C, composite, functional, onnx
+from . import _C, composite, onnx
 from .backend import is_plain_call, uncovered
 from .initialization import checked_forget_bias, forget_bias_, recurrent_
 from .replacement import Replacement
 from .signatures import CellCall, Device, LSTMCellCall
+from .stack import stack
 
 __all__ = ["GRUCell", "LSTMCell", "OneStep", "RNNCell"]
 
@@ -63,9 +64,7 @@ class OneStep(Replacement):
         elif not batched:
             states = tuple(state.unsqueeze(0) for state in states)
         c0 = states[1] if self._cell == "lstm" else None
-        _, (h,), (c,), _ = functional.stack(
-            self._cell, x, [states[0]], [c0], [weights], fused=False, run=run
-        )
+        _, (h,), (c,), _ = stack(self._cell, x, [states[0]], [c0], [weights], fused=False, run=run)
         if reason is not None:
             self._warn_composed(reason, self._extra)
         if not batched:

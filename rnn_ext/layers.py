@@ -6,27 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_exporting
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from . import _C, composite, functional, library, onnx
+from . import _C, composite, functional, onnx
 from .backend import is_plain_call, uncovered
 from .control import Control, checked_control
 from .initialization import recurrent_
+from .lengths import WithLengths
 from .replacement import Replacement
+from .stack import no_restoring, stack, with_restored
 
 __all__ = ["RecurrentLayers"]
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-
-class RecurrentLayers(Replacement, torch.nn.RNNBase):
+class RecurrentLayers(WithLengths, Replacement, torch.nn.RNNBase):
     """Not for use on its own.
 
     Three arguments of all constructors control training; outputs and states stay the same to the
-    last bit.
-    They have effect where gradients are recorded, on the CPU, in every layer and direction.
-    torch.compile leaves a layer that trains with them out of its graph, and refuses it with
-    fullgraph=True; exported programs have none of them.
+    last bit. They have effect where gradients are recorded, on the CPU, in every layer and
+    direction, and take no ``resets`` there. torch.compile leaves a layer that trains with them out
+    of its graph, and refuses it with fullgraph=True; exported programs have none of them.
 
     Args:
         checkpoint_every: None or k >= 1: keep the states before every k-th step alone and run each
@@ -38,7 +37,7 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             gradients (of packed input in reverse, of all).
         save: "all", or "states": keep h and c of every step, not the gates, and compute those again
             in the backward pass, of all steps at once: the last digits of gradients may change.
-            Excludes ``checkpoint_every``, and takes no ``resets`` in training, as the others.
+            Excludes ``checkpoint_every``.
         grad_clip: None; a number v: each value of dL/dh_t, of the output at t and of later steps
             together, is held in [-v, v] before it goes on to the cell and to earlier steps; or
             ("norm", v): dL/dh_t of each sequence is scaled down to the norm v where it is larger
@@ -160,10 +159,11 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
         if control is not None and resets is not None:
             raise ValueError(
                 f"{self._get_name()}: resets cannot be combined with checkpoint_every, "
-                "save='states' or grad_clip"
+                "save='states' or grad_clip where gradients are recorded; build the layer without "
+                "them, or give one episode at a time"
             )
         reason = uncovered(x, (*states, *(restored or ())), weights)
-        reason, run = reason or functional.no_restoring(x, restored), None
+        reason, run = reason or no_restoring(x, restored), None
         if control is not None:
             run = control.layer
         if reason is not None:
@@ -178,9 +178,9 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             resets = self._steps_first(input, resets)
             each = zip(*(r.unbind(0) for r in restored)) if restored else [None] * len(h0)
             packed = batch_sizes is not None
-            pairs = [functional.with_restored(*state, packed) for state in zip(h0, c0, each)]
+            pairs = [with_restored(*state, packed) for state in zip(h0, c0, each)]
             h0, c0 = zip(*pairs)
-        output, h_n, c_n, cells = functional.stack(
+        output, h_n, c_n, cells = stack(
             self._cell,
             x,
             h0,
@@ -385,81 +385,3 @@ class RecurrentLayers(Replacement, torch.nn.RNNBase):
             restore = input.unsorted_indices
             return joined if restore is None else joined.index_select(1, restore)
         return joined.squeeze(1) if input.dim() == 2 else joined
-
-    def _run_with_lengths(self, input, hx, lengths, return_cells, resets=None, initial_state=None):
-        name = self._get_name()
-        if isinstance(input, PackedSequence):
-            raise ValueError(
-                f"{name}: lengths cannot be given for a PackedSequence, which has its own"
-            )
-        if self._arrange(input, hx) is None:
-            return self._run(input, hx)
-        if resets is not None:
-            functional.check_resets(name, resets, input.shape[:-1], input.device)
-        if isinstance(lengths, Tensor) and torch._C._functorch.is_batchedtensor(lengths):
-            raise ValueError(
-                f"{name}: lengths must be the same for every entry of torch.func.vmap; run over "
-                "all steps and leave out of the loss what lies past an entry's length"
-            )
-        lengths = self._checked_lengths(input, torch.as_tensor(lengths, device="cpu"))
-        if torch.compiler.is_compiling():
-            return self._run_gathered(input, hx, lengths, return_cells, resets, initial_state)
-        self._update_flat_weights()
-        self.check_input(input, None)
-        batch, steps = input.shape[:2] if self.batch_first else input.shape[1::-1]
-        if batch == 0 or lengths.min() == steps == lengths.max():
-            return self._run(input, hx, None, return_cells, resets, initial_state)
-        if lengths.min() < 1 or lengths.max() > steps:
-            raise ValueError(
-                f"{name}: lengths must be between 1 and the {steps} steps of input, "
-                f"got {lengths.min()}..{lengths.max()}"
-            )
-        if torch._C._are_functorch_transforms_active():
-            return self._run_gathered(input, hx, lengths, return_cells, resets, initial_state)
-
-        def packed(padded):
-            return pack_padded_sequence(padded, lengths, self.batch_first, enforce_sorted=False)
-
-        if resets is not None:
-            resets = packed(resets).data
-        output, state, cells = self._run(
-            packed(input), hx, None, return_cells, resets, initial_state
-        )
-        output, cells = (
-            None if part is None else pad_packed_sequence(part, self.batch_first, 0.0, steps)[0]
-            for part in (output, cells)
-        )
-        return output, state, cells
-
-    def _run_gathered(self, input, hx, lengths, return_cells, resets, initial_state):
-        """As `_run_with_lengths`, of operations that torch.compile traces and vmap takes."""
-        x = input.transpose(0, 1) if self.batch_first else input
-        steps, batch = x.shape[:2]
-        rows, batch_sizes, *orders = library.packing(lengths, steps)
-        rows, order, restore = (t.to(x.device) for t in (rows, *orders))
-        packed = PackedSequence(x.flatten(0, 1).index_select(0, rows), batch_sizes, order, restore)
-        if resets is not None:
-            resets = self._steps_first(input, resets).flatten().index_select(0, rows)
-        output, state, cells = self._run(packed, hx, None, return_cells, resets, initial_state)
-
-        def padded(part):
-            data = part.data
-            whole = data.new_zeros(steps * batch, data.size(-1)).index_copy(0, rows, data)
-            whole = whole.unflatten(0, (steps, batch))
-            return whole.transpose(0, 1) if self.batch_first else whole
-
-        return padded(output), state, padded(cells) if return_cells else None
-
-    def _checked_lengths(self, input, lengths):
-        """``lengths`` as an int64 tensor [B]; the values are not looked at."""
-        name, lengths = self._get_name(), torch.as_tensor(lengths)
-        if input.dim() == 2:
-            raise ValueError(f"{name}: lengths needs batched 3-D input, got 2-D input")
-        batch = input.size(0 if self.batch_first else 1)
-        if lengths.dtype not in _INTEGERS and lengths.numel():
-            raise ValueError(f"{name}: lengths must be integers, got {lengths.dtype}")
-        if lengths.shape != (batch,):
-            raise ValueError(
-                f"{name}: lengths must have shape [{batch}], got {list(lengths.shape)}"
-            )
-        return lengths.long()

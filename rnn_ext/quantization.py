@@ -11,7 +11,9 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _C, functional, library, onnx
 from .backend import is_plain_call
 from .layers import RecurrentLayers
+from .lengths import WithLengths
 from .modules import GRU, LSTM, RNN
+from .stack import stack
 
 __all__ = ["KINDS", "QuantizedLayers", "pack", "quantize_weights", "unpack"]
 
@@ -129,7 +131,7 @@ def unpack(packed: Tensor, scales: Tensor | None, units: int, depth: int) -> Ten
     return rows[:, :units, :depth].reshape(gates * units, depth)
 
 
-class QuantizedLayers(torch.nn.Module):
+class QuantizedLayers(WithLengths, torch.nn.Module):
     """RNN, LSTM or GRU layers with weights of fewer bits: what `quantize_weights` makes of them.
 
     For inference on the CPU: float32 in and out, no gradients, no dropout. The buffers have the
@@ -144,9 +146,6 @@ class QuantizedLayers(torch.nn.Module):
     _like = RecurrentLayers._like
     _joined = RecurrentLayers._joined
     _states = RecurrentLayers._states
-    _run_with_lengths = RecurrentLayers._run_with_lengths
-    _run_gathered = RecurrentLayers._run_gathered
-    _checked_lengths = RecurrentLayers._checked_lengths
     _as_leaf = RecurrentLayers._as_leaf
 
     kind: str
@@ -261,13 +260,13 @@ class QuantizedLayers(torch.nn.Module):
             ValueError: ``lengths`` do not fit; ``return_cells``, ``resets`` or ``initial_state``,
                 which its kernels do not know.
         """
-        node = self._as_leaf(input, hx=hx, lengths=lengths)
-        if node is not None:
-            return node
         extras = {"return_cells": return_cells or None, "resets": resets}
         for name, value in (extras | {"initial_state": initial_state}).items():
             if value is not None:
                 raise ValueError(f"{self._get_name()}: {name} needs the float32 layer")
+        node = self._as_leaf(input, hx=hx, lengths=lengths)
+        if node is not None:
+            return node
         if lengths is not None:
             return self._run_with_lengths(input, hx, lengths, False)[:2]
         return self._run(input, hx)[:2]
@@ -304,7 +303,7 @@ class QuantizedLayers(torch.nn.Module):
                 )
         h0, c0 = self._initial(x, batch, states)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            output, h_n, c_n, _ = functional.stack(
+            output, h_n, c_n, _ = stack(
                 self._cell, x, h0, c0, self._weights(), 2 if self.bidirectional else 1,
                 batch_sizes=batch_sizes, run=_run_layer,
             )  # fmt: skip

@@ -164,13 +164,16 @@ def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for case in CASES:
+        result = failure = None
         try:
             result = case(folder)
-        except Exception:
-            result = traceback.format_exc()
+        except Exception:  # of either process it fails the test, and the other cases go on
+            failure = traceback.format_exc()
+        failures = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
         if dist.get_rank() == 0:
-            torch.save(result, Path(folder) / f"{case.__name__}.pt")
-        dist.barrier()
+            text = "\n".join(filter(None, failures))
+            torch.save(text or result, Path(folder) / f"{case.__name__}.pt")
     dist.destroy_process_group()
 
 

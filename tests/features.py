@@ -84,7 +84,7 @@ FEATURES = {
     "Input": [
         row("PackedSequence", "test_modules.py::test_results_and_gradients_are_those_of_torch", probes.packed, "yes, but not with its persistent kernels [c]"),
         row("`lengths=` in any order, without packing", "test_extras.py::test_lengths_are_packing_and_padding test_extras.py::test_lengths_at_the_edges", probes.lengths, SAME),
-        row("`resets=`: episodes that begin inside a sequence", "test_resets.py::test_a_loop_over_cells_does_the_same test_resets.py::test_episodes_do_not_see_each_other test_resets.py::test_kernels_follow_the_reference", "no: a Python loop over its cells", SAME),
+        row("`resets=`: episodes that begin inside a sequence", "test_resets.py::test_a_loop_over_cells_does_the_same test_resets.py::test_episodes_do_not_see_each_other test_resets_kernels.py::test_kernels_follow_the_reference", "no: a Python loop over its cells", SAME),
         row("views of any strides", "test_modules.py::test_views_in_memory", probes.strided),
         row("an empty batch", "test_modules.py::test_empty_batches", probes.empty_batch),
     ],
