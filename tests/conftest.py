@@ -1,4 +1,5 @@
-"""Shared by all tests: a fixed seed, and kernels whose working memory starts out as NaN."""
+"""Shared by all tests: a fixed seed; kernels whose working memory starts out as NaN, and whose
+backward pass goes through the rows in pieces as short as they can be."""
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ def _seed():
 @pytest.fixture(autouse=True, scope="session")
 def _poisoned_scratch():
     _C.poison_scratch(True)
+    _C.shorten_pieces(True)
 
 
 @pytest.fixture

@@ -92,6 +92,15 @@ def test_threads_share_ragged_batches(cell, batch, reverse, threads, nan_filled)
     check(make_case(cell, (14, batch, 24, 100), ragged=True, reverse=reverse), torch.float32)
 
 
+# So many rows that the backward pass goes through them in several pieces.
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.parametrize("variant", ["padded", "reverse", "ragged", "ragged_reverse"])
+@pytest.mark.parametrize("cell", [c for c in CELLS if c != "rnn_relu"])
+def test_pieces_of_the_backward_walk(cell, variant, threads, nan_filled):
+    check(make_case(cell, (90, 13, 9, 18), **VARIANTS[variant]), torch.float32)
+    check(make_case(cell, (3, 700, 5, 18), **VARIANTS[variant]), torch.bfloat16)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     cell=st.sampled_from(CELLS),

@@ -1,12 +1,13 @@
 // Backpropagation through time, once for all cells.
 //   per step, last to first, and phase: product of later deltas with the recurrent weights, the
 //   cell's vjp on the registers that hold it, delta = dL/d(net input) stored for every step;
-//   then each parameter gradient and dx is one product over all steps.
-// Threads split the loop as in forward.h; the products after it are split by rows of their result.
+//   then each parameter gradient and dx is one product over these steps.
+// The loop and the products after it take turns, some steps at a time (delta_window.h). Threads
+// split the loop as in forward.h, and the products by rows of their result.
 #pragma once
 #include "forward.h"
 #include "gradient_control.h"
-#include "gradients.h"
+#include "parameter_gradients.h"
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
@@ -35,7 +36,9 @@ class Backward {
         output_(args.sizes.output),
         gates_width_(panels_of<value, typename Cell::Gates>(hidden_) * Cell::Gates::vectors *
                      lanes),
-        delta_width_(Cell::deltas * hidden_ + kPadding) {}
+        delta_width_(Cell::deltas * hidden_ + kPadding),
+        window_(a_.steps, kSumLength<value> * a_.groups,
+                a_.plan.piece_rows) {}
 
   void run() {
     input_ = {Cell::gates * hidden_, a_.sizes.input, nullptr};
@@ -64,8 +67,8 @@ class Backward {
       second_.packed = arena.take<value>(ColumnPanels<value>::size(second_.depth, second_.columns));
     if (a_.dx)
       input_.packed = arena.take<value>(ColumnPanels<value>::size(input_.depth, input_.columns));
-    delta_ = arena.take<value>(rows * delta_width_);
-    if constexpr (projected) dh_ = arena.take<value>(rows * output_ + kPadding);
+    delta_ = arena.take<value>(window_.capacity() * delta_width_);
+    if constexpr (projected) dh_ = arena.take<value>(window_.capacity() * output_ + kPadding);
     carry_ = arena.take<real>(a_.steps.batch * output_);
     if (a_.dw_hh) previous_ = arena.take<const value*>(rows);
     if (first_.depth >= kLongDepth || second_.depth >= kLongDepth)
@@ -85,18 +88,32 @@ class Backward {
     if (a_.dx) pack(input_, member, a_.weights.ih);
     if (a_.dw_hh) find_previous(member);
     member.wait();
-    for (long i = a_.steps.count - 1; i >= 0; i--) step(share, a_.steps.at(i));
-    starts(share, a_.steps.at(0), 0);
-    member.wait();
     Segment segments[kMaxSegments];
     const int count = Cell::segments(hidden_, segments);
-    parameters(member, segments, count);
-    if (a_.dx) {
-      const long rows = a_.steps.total();
-      input_gradient(segments, count, input_, member.begin(rows), member.end(rows), delta_,
-                     delta_width_, a_.dx, wide_dx_ + member.id * input_sums<value>(a_.sizes.input),
-                     !a_.plan.pack);
+    DeltaWindow window = window_;
+    for (bool add = a_.add;; add = true) {
+      const Held<value> held{delta_, dh_, delta_width_, output_, window.base};
+      for (long i = window.first; i > window.end_step; i--) step(share, held, a_.steps.at(i));
+      if (window.last()) starts(share, held, a_.steps.at(0), 0);
+      member.wait();
+      const RowRange rows{window.begin, window.end};
+      parameters_of<Cell>(a_, member, segments, count, held, rows, add, previous_, scratch_);
+      if (a_.dx) dx(member, segments, count, held, rows);
+      if (window.last()) return;
+      member.wait();
+      move_kept(delta_, delta_width_, window, member.begin(delta_width_), member.end(delta_width_));
+      if constexpr (projected)
+        move_kept(dh_, output_, window, member.begin(output_), member.end(output_));
+      window.advance();
+      member.wait();
     }
+  }
+
+  void dx(const Member& m, const Segment* segments, int count, const Held<value>& held,
+          const RowRange& rows) const {
+    const long begin = rows.begin + m.begin(rows.count()), end = rows.begin + m.end(rows.count());
+    input_gradient(segments, count, input_, begin, end, held.delta_of(0), delta_width_, a_.dx,
+                   wide_dx_ + m.id * input_sums<value>(a_.sizes.input), !a_.plan.pack);
   }
 
   static void pack(const ColumnPanels<value>& panels, const Member& m, const value* matrix) {
@@ -117,7 +134,7 @@ class Backward {
     }
   }
 
-  void step(const Share& share, long t) const {
+  void step(const Share& share, const Held<value>& held, long t) const {
     const long rows = a_.steps.rows(t), continuing = a_.steps.continuing(t), at = a_.steps.begin(t);
     const long carried = a_.steps.carried(t);
     const long before = carried ? a_.steps.begin(a_.steps.previous(t)) : 0;
@@ -132,8 +149,8 @@ class Backward {
     v.middle = a_.middle + (Cell::keeps_middle ? at * hidden_ : 0);
     v.d_out = a_.d_out ? a_.d_out + at * output_ : nullptr;
     v.d_c = a_.d_c ? a_.d_c + at * hidden_ : nullptr;
-    v.delta = delta_ + at * delta_width_;
-    v.dh = dh_ + (projected ? at * output_ : 0);
+    v.delta = held.delta_of(at);
+    v.dh = held.dh_of(at);
     v.carry = carry_;
     v.dc = a_.dc;
 
@@ -153,7 +170,7 @@ class Backward {
         v.c_prev = begin < carried ? a_.c + before * hidden_ : a_.c0;
         const bool has_next = begin < continuing;
         v.add_carry = Cell::carries || !has_next;
-        body(begin, end, has_next ? delta_ + later * delta_width_ : nullptr);
+        body(begin, end, has_next ? held.delta_of(later) : nullptr);
       }
     };
     if (total_) {
@@ -177,7 +194,7 @@ class Backward {
           run_phase<1>(second_, share, v, v.delta + 2 * hidden_, delta_width_, begin, end, resets);
       });
       if (phase == 0 && a_.steps.exists(a_.steps.next(t)))
-        starts(share, a_.steps.next(t), continuing);
+        starts(share, held, a_.steps.next(t), continuing);
       share.wait();
     }
   }
@@ -235,7 +252,7 @@ class Backward {
 
   // dh0 of the sequences from row `first` on, which start at step t; where that is a reset, nothing
   // reaches h0 and c0.
-  void starts(const Share& share, long t, long first) const {
+  void starts(const Share& share, const Held<value>& held, long t, long first) const {
     const long r0 = share.row_begin() > first ? share.row_begin() : first,
                r1 = share.row_end(a_.steps.rows(t));
     if (r0 >= r1) return;
@@ -246,7 +263,7 @@ class Backward {
           for (long row = r0; row < r1; row++)
             if (resets[row]) cut_cells(row, p);
     if (!a_.dh0) return;
-    const value* operand = delta_ + a_.steps.begin(t) * delta_width_;
+    const value* operand = held.delta_of(a_.steps.begin(t));
     alignas(64) real products[kTileRows<2> * width];
     const long p1 = share.panel_end(first_.count());
     for (long p = share.panel_begin(first_.count()); p < p1; p++)
@@ -380,57 +397,9 @@ class Backward {
     }
   }
 
-  // The members share the rows of the weights, or the groups where there are several.
-  void parameters(const Member& m, const Segment* segments, int count) const {
-    if (a_.groups == 1) return parameters(m, segments, count, 0, m.id);
-    const Member alone{0, 1, nullptr};
-    for (long group = m.begin(a_.groups); group < m.end(a_.groups); group++)
-      parameters(alone, segments, count, group, m.id);
-  }
-
-  void parameters(const Member& m, const Segment* segments, int count, long group, int id) const {
-    const long step = a_.groups, rows = a_.steps.total() / step;
-    const long all = Cell::gates * hidden_;
-    value* scratch = scratch_ + id * WeightGradient<value>::scratch();
-    const SumOrder order{!a_.steps.reverse, a_.add};
-    const value* delta = delta_ + group * delta_width_;
-    const auto of_group = [&](real* d, long size) { return d ? d + group * size : nullptr; };
-    real *dw_ih = of_group(a_.dw_ih, all * a_.sizes.input),
-         *dw_hh = of_group(a_.dw_hh, all * output_);
-    for (const Segment* s = segments; s < segments + count; s++) {
-      const long begin = m.begin(s->count), end = m.end(s->count);
-      Target<value> targets[2];
-      int wanted = 0;
-      if (dw_ih && s->input)
-        targets[wanted++] = {rows_of(a_.x, a_.sizes.input, group), a_.sizes.input, dw_ih};
-      if (dw_hh && s->recurrent == Operand::kPreviousState)
-        targets[wanted++] = {{nullptr, step, previous_ + group}, output_, dw_hh};
-      if (dw_hh && s->recurrent == Operand::kMiddle)
-        targets[wanted++] = {rows_of(a_.middle, hidden_, group), hidden_, dw_hh};
-      if (wanted)
-        WeightGradient<value>::run(*s, begin, end, delta, step * delta_width_, targets, wanted,
-                                   rows, order, scratch);
-      real* db_ih = s->input ? of_group(a_.db_ih, all) : nullptr;
-      real* db_hh = s->recurrent != Operand::kNone ? of_group(a_.db_hh, all) : nullptr;
-      if (db_ih || db_hh)
-        bias_gradient(*s, begin, end, delta, step * delta_width_, rows, order, db_ih, db_hh);
-    }
-    if constexpr (projected)
-      if (a_.dw_hr) {
-        const Target<value> target{rows_of(a_.middle, hidden_, group), hidden_,
-                                   of_group(a_.dw_hr, output_ * hidden_)};
-        WeightGradient<value>::run({0, 0, output_, false, Operand::kNone}, m.begin(output_),
-                                   m.end(output_), dh_ + group * output_, step * output_, &target,
-                                   1, rows, order, scratch);
-      }
-  }
-
-  Rows<value> rows_of(const value* matrix, long columns, long group) const {
-    return {matrix + group * columns, a_.groups * columns, nullptr};
-  }
-
   const BackwardArgs<value>& a_;
   const long hidden_, output_, gates_width_, delta_width_;
+  const DeltaWindow window_;
   ColumnPanels<value> input_{}, first_{}, second_{};
   value *delta_ = nullptr, *dh_ = nullptr, *scratch_ = nullptr;
   real *carry_ = nullptr, *sums_ = nullptr, *wide_dx_ = nullptr;

@@ -53,7 +53,7 @@ struct Target {
 
 // Sums over the rows of delta are cut into blocks of kSumLength rows, counted from row 0, and added
 // up in the order in which the backward time loop comes to them, onto what is there already with
-// `add`: a sequence that is cut where blocks end (rnn_ext/memory.py) gives the same numbers.
+// `add`: a sequence that is cut where blocks end (delta_window.h, rnn_ext/recompute.py) gives the same numbers.
 struct SumOrder {
   bool descending, add;
 

@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <atomic>
+
 namespace rnn_ext {
 namespace {
 // Starting a team costs about a microsecond and a barrier 50 to 300 ns; a core does 50-250 flop a
@@ -17,28 +19,46 @@ constexpr long kMaxSharedWeightBytes = 1 << 20;
 // Below this many rows in all, copying the weights costs more than reading them where they are.
 constexpr long kMinRowsToPack = 8;
 constexpr long kUnitsPerColumn = 16;
-}  // namespace
+// A piece of the backward walk is so long that what each needs afresh (weights in the cache,
+// barriers) is little beside its products.
+constexpr long kPieceRows = 1024, kPieceBytes = 4 << 20;
+std::atomic<bool> short_pieces{false};
 
-Plan choose_plan(const PlanShape& s) {
+long piece_rows(const PlanShape& s) {
+  const long row_bytes = s.gates * s.hidden * s.value_bytes;
+  if (short_pieces) return 1;
+  return kPieceBytes / row_bytes > kPieceRows ? kPieceBytes / row_bytes : kPieceRows;
+}
+
+Plan choose_threads(const PlanShape& s) {
   const double per_row = 2.0 * s.gates * s.hidden * (s.input + s.output);
   const double flops = per_row * s.steps * s.batch;
   const double flops_per_step = 2.0 * s.gates * s.hidden * s.output * s.batch;
   const bool pack = s.steps * s.batch > kMinRowsToPack;
   const long columns = (s.hidden + kUnitsPerColumn - 1) / kUnitsPerColumn;
 
-  if (s.max_threads <= 1) return {1, Split::kNone, pack, "one thread is all there is"};
+  if (s.max_threads <= 1) return {1, Split::kNone, pack, "one thread is all there is", 0};
   if (flops < kMinFlopsForTeam)
-    return {1, Split::kNone, pack, "too little work for a team of threads"};
+    return {1, Split::kNone, pack, "too little work for a team of threads", 0};
 
   const long row_threads = s.batch / kMinRowsPerThread;
   const long weight_bytes = s.gates * s.hidden * s.output * s.value_bytes;
   if (row_threads >= s.max_threads && weight_bytes <= kMaxSharedWeightBytes)
-    return {s.max_threads, Split::kRows, pack, "enough rows for every thread"};
+    return {s.max_threads, Split::kRows, pack, "enough rows for every thread", 0};
   if (columns >= s.max_threads && flops_per_step >= kMinFlopsPerBarrier)
-    return {s.max_threads, Split::kColumns, pack, "hidden units split, a barrier each step"};
+    return {s.max_threads, Split::kColumns, pack, "hidden units split, a barrier each step", 0};
   if (s.batch >= 2 * s.max_threads)
-    return {s.max_threads, Split::kRows, pack, "too few hidden units to split, so rows are"};
-  return {1, Split::kNone, pack, "too little work in a step for a barrier"};
+    return {s.max_threads, Split::kRows, pack, "too few hidden units to split, so rows are", 0};
+  return {1, Split::kNone, pack, "too little work in a step for a barrier", 0};
+}
+}  // namespace
+
+void shorten_pieces(bool on) { short_pieces = on; }
+
+Plan choose_plan(const PlanShape& shape) {
+  Plan plan = choose_threads(shape);
+  plan.piece_rows = piece_rows(shape);
+  return plan;
 }
 
 DirectionsPlan choose_plan(const PlanShape& s, int directions) {
@@ -49,7 +69,7 @@ DirectionsPlan choose_plan(const PlanShape& s, int directions) {
                                            flops_per_step < kMinFlopsPerMember);
   if (directions != 2 || s.max_threads < 2 || !idle || 2 * flops < kMinFlopsForTeam)
     return {alone, false};
-  return {{1, Split::kNone, alone.pack, "both directions side by side"}, true};
+  return {{1, Split::kNone, alone.pack, "both directions side by side", alone.piece_rows}, true};
 }
 
 }  // namespace rnn_ext

@@ -21,9 +21,12 @@ struct Plan {
   Split split;
   bool pack;           // weights are copied into panels first; not worth it for a handful of rows
   const char* reason;  // one phrase, for explain()
+  long piece_rows;     // of the backward walk that a piece has at least, see delta_window.h
 };
 
 Plan choose_plan(const PlanShape& shape);
+// For tests: pieces of the backward walk are as short as they can be.
+void shorten_pieces(bool on);
 
 // The same for a layer with that many directions. Side by side, each has a thread of its own.
 struct DirectionsPlan {

@@ -370,4 +370,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device_limits", &cuda_device_limits);
   m.def("plan_cuda", &plan_cuda);
   m.def("poison_scratch", &Scratch::poison);
+  m.def("shorten_pieces", &shorten_pieces);
 }
