@@ -37,8 +37,10 @@ class Backward {
         gates_width_(panels_of<value, typename Cell::Gates>(hidden_) * Cell::Gates::vectors *
                      lanes),
         delta_width_(Cell::deltas * hidden_ + kPadding),
-        window_(a_.steps, kSumLength<value> * a_.groups,
-                a_.plan.piece_rows) {}
+        window_(a_.steps, kSumLength<value> * a_.groups, a_.plan.piece_rows),
+        room_(WeightGradient<value>::room_for(
+            Cell::gates * hidden_ / (a_.groups > 1 ? 1 : a_.plan.threads) + 1,
+            a_.steps.total() / a_.groups)) {}
 
   void run() {
     input_ = {Cell::gates * hidden_, a_.sizes.input, nullptr};
@@ -62,11 +64,13 @@ class Backward {
 
   void lay_out(Arena& arena) {
     const long rows = a_.steps.total();
-    first_.packed = arena.take<value>(ColumnPanels<value>::size(first_.depth, first_.columns));
+    const size_t of_input = a_.dx ? ColumnPanels<value>::size(input_.depth, input_.columns) : 0;
+    const size_t of_first = ColumnPanels<value>::size(first_.depth, first_.columns);
+    const bool follows = input_follows() && of_input > of_first;
+    first_.packed = arena.take<value>(follows ? of_input : of_first);
     if constexpr (Cell::phases == 2)
       second_.packed = arena.take<value>(ColumnPanels<value>::size(second_.depth, second_.columns));
-    if (a_.dx)
-      input_.packed = arena.take<value>(ColumnPanels<value>::size(input_.depth, input_.columns));
+    input_.packed = input_follows() ? first_.packed : arena.take<value>(of_input);
     delta_ = arena.take<value>(window_.capacity() * delta_width_);
     if constexpr (projected) dh_ = arena.take<value>(window_.capacity() * output_ + kPadding);
     carry_ = arena.take<real>(a_.steps.batch * output_);
@@ -75,9 +79,12 @@ class Backward {
       sums_ = arena.take<real>((first_.count() + second_.count()) * a_.steps.batch * width);
     if (a_.clip != Clip::kNone || a_.dh_norms)
       total_ = arena.take<real>(a_.steps.batch * total_width());
-    scratch_ = arena.take<value>(a_.plan.threads * WeightGradient<value>::scratch());
+    scratch_ = arena.take<value>(a_.plan.threads * room_.size());
     if (a_.dx) wide_dx_ = arena.take<real>(a_.plan.threads * input_sums<value>(a_.sizes.input));
   }
+
+  // In a walk of one piece W takes the place of the recurrent weights.
+  bool input_follows() const { return window_.capacity() == a_.steps.total(); }
 
   void work(const Member& member) const {
     const Share share{member, member.count == 1 ? Split::kNone : a_.plan.split, a_.steps.batch};
@@ -85,7 +92,7 @@ class Backward {
     if constexpr (Cell::phases == 2)
       pack(second_, member,
            projected ? a_.weights.hr : a_.weights.hh + Cell::recurrent_gates * hidden_ * output_);
-    if (a_.dx) pack(input_, member, a_.weights.ih);
+    if (a_.dx && !input_follows()) pack(input_, member, a_.weights.ih);
     if (a_.dw_hh) find_previous(member);
     member.wait();
     Segment segments[kMaxSegments];
@@ -96,8 +103,10 @@ class Backward {
       for (long i = window.first; i > window.end_step; i--) step(share, held, a_.steps.at(i));
       if (window.last()) starts(share, held, a_.steps.at(0), 0);
       member.wait();
+      if (a_.dx && input_follows()) pack(input_, member, a_.weights.ih);
       const RowRange rows{window.begin, window.end};
-      parameters_of<Cell>(a_, member, segments, count, held, rows, add, previous_, scratch_);
+      parameters_of<Cell>(a_, member, segments, count, held, rows, add, previous_, room_, scratch_);
+      if (a_.dx && input_follows()) member.wait();
       if (a_.dx) dx(member, segments, count, held, rows);
       if (window.last()) return;
       member.wait();
@@ -400,6 +409,7 @@ class Backward {
   const BackwardArgs<value>& a_;
   const long hidden_, output_, gates_width_, delta_width_;
   const DeltaWindow window_;
+  const typename WeightGradient<value>::Room room_;
   ColumnPanels<value> input_{}, first_{}, second_{};
   value *delta_ = nullptr, *dh_ = nullptr, *scratch_ = nullptr;
   real *carry_ = nullptr, *sums_ = nullptr, *wide_dx_ = nullptr;

@@ -1,8 +1,9 @@
 // The backward walk in pieces, so that the deltas of some rows at a time are held, not of all.
 //
-// The sums over rows come in blocks counted from row 0 (SumOrder in gradients.h). A piece ends after
-// any step; its rows are summed as far as they fill blocks. The others wait for the next piece, and
-// so do the rows of its last step, which the next step's product reads.
+// The sums over rows come in blocks counted from row 0 (SumOrder in gradients.h). The rows of a
+// piece are summed as far as they fill blocks. The others wait for the next piece, and so do the
+// rows of its last step, which the next step's product reads. So a piece ends with a block where a
+// step does; else anywhere.
 #pragma once
 #include <cstring>
 
@@ -27,8 +28,9 @@ class DeltaWindow {
   // `least`: rows that one piece is to have
   DeltaWindow(const Steps& steps, long block, long least)
       : steps_(steps), block_(block), next_(steps.count - 1) {
-    const long kept = block > steps.batch ? block : steps.batch;
-    capacity_ = kept + steps.batch + (least > steps.batch ? least : steps.batch);
+    const long batch = steps.batch, longest = batch > block ? batch : block;
+    const bool in_step = steps.total() == steps.count * batch && batch && block % batch == 0;
+    capacity_ = (in_step ? batch : longest) + (least > longest ? least : longest) + batch;
     if (capacity_ > steps.total()) capacity_ = steps.total();
     begin = end = open_ = steps.reverse ? 0 : steps.total();
     base = steps.reverse ? 0 : steps.total() - capacity_;
@@ -36,9 +38,9 @@ class DeltaWindow {
   }
 
   long capacity() const { return capacity_; }
-  long base;        // the row that the first place belongs to
+  long base;             // the row that the first place belongs to
   long first, end_step;  // this piece: the steps at(first), at(first - 1), ..., at(end_step + 1)
-  long begin, end;  // the rows that it completes
+  long begin, end;       // the rows that it completes
   bool last() const { return next_ < 0; }
 
   // To the next piece, before which rows [keep_begin, keep_end) move to where its base puts them.
@@ -52,9 +54,15 @@ class DeltaWindow {
  private:
   void plan() {
     first = next_;
-    long t = steps_.at(next_);
-    while (next_ >= 0 && fits(steps_.at(next_))) t = steps_.at(next_--);
+    while (next_ >= 0 && fits(steps_.at(next_))) next_--;
+    if (!last())
+      for (long i = next_ + 1; i <= first; i++)
+        if (ends_block(steps_.at(i))) {
+          next_ = i - 1;
+          break;
+        }
     end_step = next_;
+    const long t = steps_.at(next_ + 1);
     const long of_step = steps_.begin(t), after = of_step + steps_.rows(t);
     if (steps_.reverse) {
       begin = open_;
@@ -67,6 +75,9 @@ class DeltaWindow {
       keep_begin = of_step;
       keep_end = begin > after ? begin : after;
     }
+  }
+  bool ends_block(long t) const {
+    return (steps_.begin(t) + (steps_.reverse ? steps_.rows(t) : 0)) % block_ == 0;
   }
   bool fits(long t) const {
     return steps_.reverse ? steps_.begin(t) + steps_.rows(t) <= base + capacity_

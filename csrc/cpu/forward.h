@@ -108,8 +108,11 @@ class Forward {
     bias_ = arena.take<real>(width_);
     hidden_bias_ = arena.take<real>(blocks_of<value>(hidden_) * lanes);
     if (a_.plan.pack) {
-      input_.packed = arena.take<value>(Panels<value, Gates>::size(hidden_, a_.sizes.input));
-      first_.packed = arena.take<value>(Panels<value, First>::size(hidden_, output_));
+      const size_t of_input = Panels<value, Gates>::size(hidden_, a_.sizes.input);
+      const size_t of_first = Panels<value, First>::size(hidden_, output_);
+      const bool leads = input_leads() && of_input > of_first;
+      first_.packed = arena.take<value>(leads ? of_input : of_first);
+      input_.packed = input_leads() ? first_.packed : arena.take<value>(of_input);
       if constexpr (Cell::phases == 2)
         second_.packed = arena.take<value>(Panels<value, PlainPanel>::size(second_.units, hidden_));
     }
@@ -122,6 +125,8 @@ class Forward {
     const long steps = kProjectionRows / (a_.steps.batch ? a_.steps.batch : 1);
     return steps < 1 ? 1 : steps > a_.steps.count ? a_.steps.count : steps;
   }
+  // All steps are one chunk: the recurrent weights take the place of W.
+  bool input_leads() const { return chunk_steps() == a_.steps.count; }
   long chunk_rows() const { return chunk_steps() * a_.steps.batch; }
 
   // bias_: b_ih + b_hh in the order of the gates; a cell with split_bias keeps b_hh of its last
@@ -150,7 +155,7 @@ class Forward {
     const Share share{member, member.count == 1 ? Split::kNone : a_.plan.split, a_.steps.batch};
     if (a_.plan.pack) {
       pack(input_, member);
-      pack(first_, member);
+      if (!input_leads()) pack(first_, member);
       if constexpr (Cell::phases == 2) pack(second_, member);
       member.wait();
     }
@@ -159,6 +164,11 @@ class Forward {
       const long end = i + steps < a_.steps.count ? i + steps : a_.steps.count;
       const long low = a_.steps.reverse ? a_.steps.at(end - 1) : a_.steps.at(i);
       project(share, low, low + (end - i));
+      if (a_.plan.pack && input_leads()) {
+        member.wait();
+        pack(first_, member);
+        member.wait();
+      }
       for (long j = i; j < end; j++) step(share, a_.steps.at(j), low);
     }
   }

@@ -79,39 +79,50 @@ class WeightGradient {
   static constexpr long kDepth = kSumLength<value>, kStrips = 44;
 
  public:
-  static size_t scratch() {
-    return size_t(kStrips) * strip * kDepth + width * together + kDepth * width;
+  // How much is packed at a time: strips of deltas, and rows of them and of x.
+  struct Room {
+    long strips, depth;
+    size_t size() const {
+      return size_t(strips) * strip * depth + width * together + depth * width;
+    }
+  };
+  // For a result with so many rows, summed over so many.
+  static Room room_for(long rows, long depth) {
+    const long all = (rows + strip - 1) / strip,
+               whole = (depth + together - 1) / together * together;
+    return {all < kStrips ? all : kStrips, whole < kDepth ? whole : kDepth};
   }
 
-  // Rows [begin, end) of a segment; `scratch` is this thread's own.
+  // Rows [begin, end) of a segment; `scratch` is this thread's own, of room.size().
   RNN_EXT_NOINLINE static void run(const Segment& segment, long begin, long end, const value* delta,
                                    long delta_width, const Target<value>* targets, int count,
-                                   long depth, SumOrder order, value* scratch) {
-    value *strips = scratch, *panel = scratch + kStrips * strip * kDepth + width * together;
+                                   long depth, SumOrder order, const Room& room, value* scratch) {
+    value* strips = scratch;
+    value* panel = scratch + room.strips * strip * room.depth + width * together;
     const long strips_in_all = (end - begin + strip - 1) / strip;
-    const long blocks = (strips_in_all + kStrips - 1) / kStrips;
+    const long blocks = (strips_in_all + room.strips - 1) / room.strips;
     const long block = blocks ? (strips_in_all + blocks - 1) / blocks * strip : 1;
     for (long m = begin; m < end; m += block) {
       const long rows = end - m < block ? end - m : block;
       order.for_blocks(depth, kDepth, [&](long k, long part, bool add) {
         pack_strips(delta + k * delta_width + segment.delta_column + m, delta_width, rows, part,
-                    strips);
+                    room.depth, strips);
         for (const Target<value>* target = targets; target < targets + count; target++)
-          multiply(*target, segment.weight_row + m, rows, k, part, add, strips, panel);
+          multiply(*target, segment.weight_row + m, rows, k, part, add, room.depth, strips, panel);
       });
     }
   }
 
  private:
   static void multiply(const Target<value>& target, long row, long rows, long k, long depth,
-                       bool add, const value* strips, value* panel) {
+                       bool add, long strip_depth, const value* strips, value* panel) {
     for (long n = 0; n < target.columns; n += width) {
       const long wide = target.columns - n < width ? target.columns - n : width;
       pack_panel(target.x, k, depth, n, wide, panel);
       real* to = target.out + row * target.columns + n;
       for (long s = 0; s * strip < rows; s++) {
         const int count = rows - s * strip < strip ? int(rows - s * strip) : strip;
-        add_tile<value>(count, depth, strips + s * strip * kDepth, together, strip * together,
+        add_tile<value>(count, depth, strips + s * strip * strip_depth, together, strip * together,
                         panel, to + s * strip * target.columns, target.columns, wide, add);
       }
     }
@@ -120,10 +131,10 @@ class WeightGradient {
   // Whole registers are copied: what a row has too much, the next row overwrites. Rows of delta are
   // padded.
   static void pack_strips(const value* delta, long delta_width, long rows, long depth,
-                          value* strips) {
+                          long strip_depth, value* strips) {
     for (long s = 0; s * strip < rows; s++) {
       const value* from = delta + s * strip;
-      value* to = strips + s * strip * kDepth;
+      value* to = strips + s * strip * strip_depth;
       for (long k = 0; k < depth; k += together, from += together * delta_width) {
         const value* next = k + 1 < depth ? from + delta_width : nullptr;
         RNN_EXT_UNROLL

@@ -14,7 +14,8 @@ struct RowRange {
 template <class Cell, class value>
 void parameters_of_group(const BackwardArgs<value>& a, const Member& m, const Segment* segments,
                          int count, const Held<value>& held, const RowRange& range, bool add,
-                         const value* const* previous, long group, value* scratch) {
+                         const value* const* previous, long group,
+                         const typename WeightGradient<value>::Room& room, value* scratch) {
   using real = Real<value>;
   const long hidden = a.sizes.hidden, output = a.sizes.output;
   const long step = a.groups, rows = range.count() / step, first = range.begin + group;
@@ -30,15 +31,14 @@ void parameters_of_group(const BackwardArgs<value>& a, const Member& m, const Se
     const long begin = m.begin(s->count), end = m.end(s->count);
     Target<value> targets[2];
     int wanted = 0;
-    if (dw_ih && s->input)
-      targets[wanted++] = {rows_of(a.x, a.sizes.input), a.sizes.input, dw_ih};
+    if (dw_ih && s->input) targets[wanted++] = {rows_of(a.x, a.sizes.input), a.sizes.input, dw_ih};
     if (dw_hh && s->recurrent == Operand::kPreviousState)
       targets[wanted++] = {{nullptr, step, previous + first}, output, dw_hh};
     if (dw_hh && s->recurrent == Operand::kMiddle)
       targets[wanted++] = {rows_of(a.middle, hidden), hidden, dw_hh};
     if (wanted)
       WeightGradient<value>::run(*s, begin, end, delta, step * held.width, targets, wanted, rows,
-                                 order, scratch);
+                                 order, room, scratch);
     real* db_ih = s->input ? of_group(a.db_ih, all) : nullptr;
     real* db_hh = s->recurrent != Operand::kNone ? of_group(a.db_hh, all) : nullptr;
     if (db_ih || db_hh)
@@ -49,19 +49,20 @@ void parameters_of_group(const BackwardArgs<value>& a, const Member& m, const Se
                                of_group(a.dw_hr, output * hidden)};
     WeightGradient<value>::run({0, 0, output, false, Operand::kNone}, m.begin(output),
                                m.end(output), held.dh_of(first), step * output, &target, 1, rows,
-                               order, scratch);
+                               order, room, scratch);
   }
 }
 
 // The members share the rows of the weights, or the groups where there are several. `scratch` has
-// WeightGradient<value>::scratch() for each.
+// room.size() for each.
 template <class Cell, class value>
 void parameters_of(const BackwardArgs<value>& a, const Member& m, const Segment* segments,
                    int count, const Held<value>& held, const RowRange& range, bool add,
-                   const value* const* previous, value* scratch) {
-  scratch += m.id * WeightGradient<value>::scratch();
+                   const value* const* previous, const typename WeightGradient<value>::Room& room,
+                   value* scratch) {
+  scratch += m.id * room.size();
   const auto of = [&](const Member& sharing, long group) {
-    parameters_of_group<Cell>(a, sharing, segments, count, held, range, add, previous, group,
+    parameters_of_group<Cell>(a, sharing, segments, count, held, range, add, previous, group, room,
                               scratch);
   };
   if (a.groups == 1) return of(m, 0);

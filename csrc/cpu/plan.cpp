@@ -21,7 +21,7 @@ constexpr long kMinRowsToPack = 8;
 constexpr long kUnitsPerColumn = 16;
 // A piece of the backward walk is so long that what each needs afresh (weights in the cache,
 // barriers) is little beside its products.
-constexpr long kPieceRows = 1024, kPieceBytes = 4 << 20;
+constexpr long kPieceRows = 512, kPieceBytes = 1 << 20;
 std::atomic<bool> short_pieces{false};
 
 long piece_rows(const PlanShape& s) {
