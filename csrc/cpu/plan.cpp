@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <atomic>
 
 namespace rnn_ext {
@@ -20,14 +21,15 @@ constexpr long kMaxSharedWeightBytes = 1 << 20;
 constexpr long kMinRowsToPack = 8;
 constexpr long kUnitsPerColumn = 16;
 // A piece of the backward walk is so long that what each needs afresh (weights in the cache,
-// barriers) is little beside its products.
-constexpr long kPieceRows = 512, kPieceBytes = 1 << 20;
+// barriers) is little beside its products, and so short that working memory is little beside what
+// a layer saves, which grows with the gates.
+constexpr long kPieceRowsPerGate = 256, kMinPieceRows = 512, kMinPieceBytes = 1 << 20;
 std::atomic<bool> short_pieces{false};
 
 long piece_rows(const PlanShape& s) {
-  const long row_bytes = s.gates * s.hidden * s.value_bytes;
   if (short_pieces) return 1;
-  return kPieceBytes / row_bytes > kPieceRows ? kPieceBytes / row_bytes : kPieceRows;
+  return std::max({kPieceRowsPerGate * s.gates, kMinPieceRows,
+                   kMinPieceBytes / (s.gates * s.hidden * s.value_bytes)});
 }
 
 Plan choose_threads(const PlanShape& s) {
