@@ -165,6 +165,17 @@ def rtrl_gradient(
     diagonal: bool,
     /,
 ) -> tuple[tuple[Tensor, Tensor, _Optional, _Optional], bool]: ...
+def random_mask(
+    seed: int,
+    stream: int,
+    steps: Tensor,
+    rows: Tensor,
+    columns: int,
+    threshold: int,
+    kept: float,
+    like: Tensor,
+    /,
+) -> Tensor: ...
 def gates_width(cell: str, hidden: int, real_bytes: int, /) -> int: ...
 def plan_cpu(
     cell: str,

@@ -16,6 +16,7 @@ else against it. NumPy is all it needs, and nothing in it is fast.
 (2.0, 0.0)
 """
 
+from . import random
 from .cells import (
     ElmanStep,
     GRUStep,
@@ -57,6 +58,7 @@ __all__ = [
     "hidden_gradients",
     "lstm_step",
     "lstm_step_backward",
+    "random",
     "rtrl",
     "sigmoid",
     "touched",
