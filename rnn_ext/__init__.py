@@ -54,7 +54,7 @@ def _check_extension() -> None:
 
 _check_extension()
 
-from . import functional, online, reference  # noqa: E402
+from . import converters, functional, online, reference  # noqa: E402
 from .backend import FallbackWarning, backends, use_backend  # noqa: E402
 from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
 from .diagnostics import GradientFlow, gradient_flow  # noqa: E402
@@ -76,6 +76,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "backends",
+    "converters",
     "explain",
     "functional",
     "gradient_flow",

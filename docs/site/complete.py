@@ -5,7 +5,13 @@ from sphinx.util import logging
 import rnn_ext
 
 logger = logging.getLogger(__name__)
-MODULES = ("rnn_ext", "rnn_ext.functional", "rnn_ext.online", "rnn_ext.reference")
+MODULES = (
+    "rnn_ext",
+    "rnn_ext.converters",
+    "rnn_ext.functional",
+    "rnn_ext.online",
+    "rnn_ext.reference",
+)
 
 
 def public_names():
