@@ -37,6 +37,7 @@ class FallbackWarning(UserWarning):
     """No kernel of rnn_ext covers the call, so something slower serves it; the text says why."""
 
 
+@torch.compiler.assume_constant_result  # what is compiled warns when it is
 def warn_once(reason: str) -> None:
     """Warns of ``reason`` with a `FallbackWarning`, the first time in this process."""
     if reason not in _warned:

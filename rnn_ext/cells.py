@@ -89,10 +89,10 @@ class OneStep(Replacement):
         return h if c is None else (h, c)
 
     def _run_in_onnx(self, x, states, weights, batched):
-        states = [state[None] if batched else state[None, None] for state in states]
-        name, size = self._get_name(), self.hidden_size
-        _, states = onnx.layers(name, self._cell, x, states, [weights], 1, size)
-        new = [state.squeeze(0) if batched else state[0, 0] for state in states]
+        states = [[state[None] if batched else state[None, None]] for state in states]
+        name, widths = self._get_name(), [self.hidden_size]
+        _, states = onnx.layers(name, self._cell, x, states, [weights], 1, widths)
+        new = [state.squeeze(0) if batched else state[0, 0] for (state,) in states]
         return tuple(new) if self._cell == "lstm" else new[0]
 
     def _arrange(self, input, hx):

@@ -78,8 +78,13 @@ def layer(
     resets: Tensor | None = None,
     return_cells: bool = True,
     watch: Callable[[Tensor], Tensor] | None = None,
+    zoneout: tuple[Tensor | float, Tensor | float] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """One layer in one direction; arguments and results as of ``ops.layer``.
+
+    ``zoneout`` says how much of h_{t-1} and of c_{t-1} a step holds on to (Krueger et al. 2017,
+    arXiv:1606.01305): the same share everywhere, or a tensor laid out like the output (c: like the
+    cells) of zeros and ones.
 
     float16 and bfloat16 are computed in float32 and rounded at the end, as the kernels do it.
     ``watch`` gets every h_t and returns what stands for it from then on.
@@ -92,7 +97,14 @@ def layer(
         )
     projected = linear(input, w_ih, b_ih)
     steps = projected.unbind(0) if batch_sizes is None else projected.split(batch_sizes.tolist())
-    step = STEPS[cell] if watch is None else _watched(STEPS[cell], watch)
+    step = STEPS[cell]
+    inputs = steps[::-1] if reverse else steps
+    if zoneout is not None:
+        step = _holding(step)
+        holds = [_by_step(hold, batch_sizes, len(steps)) for hold in zoneout]
+        inputs = list(zip(inputs, *(hold[::-1] if reverse else hold for hold in holds)))
+    if watch is not None:
+        step = _watched(step, watch)
     restored = None
     if resets is not None:
         cuts = resets.unsqueeze(-1)
@@ -100,9 +112,7 @@ def layer(
         h0, c0, restored = _split_states(h0, c0, steps[0].size(0))
         # A reset parts step t from t - 1, so that the walk back meets it on entering t - 1.
         restored = (cuts if not reverse else (None, *cuts[:0:-1]), *restored)
-    outputs, cells, h_n, c_n = _over_time(
-        step, steps[::-1] if reverse else steps, h0, c0, (w_hh, b_hh, w_hr), restored
-    )
+    outputs, cells, h_n, c_n = _over_time(step, inputs, h0, c0, (w_hh, b_hh, w_hr), restored)
     if reverse:
         outputs.reverse()
         cells.reverse()
@@ -120,6 +130,27 @@ def _watched(step, watch):
     return watched
 
 
+def _holding(step):
+    """``step`` with zoneout: the new state is held back where, or as far as, the input says.
+
+    h' = z_h h + (1 - z_h) o tanh(c~)   c' = z_c c + (1 - z_c) c~      c~ is the plain step's c'
+    """
+
+    def zoned(inputs, h, c, *weights):
+        wx, hold_h, hold_c = inputs
+        new_h, new_c = step(wx, h, c, *weights)
+        new_h = hold_h * h + (1 - hold_h) * new_h
+        return new_h, None if c is None else hold_c * c + (1 - hold_c) * new_c
+
+    return zoned
+
+
+def _by_step(hold, batch_sizes, steps):
+    if not isinstance(hold, Tensor):
+        return [hold] * steps
+    return hold.unbind(0) if batch_sizes is None else hold.split(batch_sizes.tolist())
+
+
 def _split_states(h0, c0, batch):
     """h0 and c0 without, and the pair of, what resets restore: their second half, or zeros."""
     if h0.size(0) == batch:
@@ -129,16 +160,18 @@ def _split_states(h0, c0, batch):
 
 
 def _over_time(step, inputs, h0, c0, weights, restored=None):
-    """Runs ``step`` over ``inputs``, each of which has as many rows as sequences are alive then.
+    """Runs ``step`` over ``inputs``, each of which has as many rows as sequences are alive then; an
+    input may be a tuple that begins with the tensor that has these rows.
 
     ``restored``, if given: for each step which rows start afresh, as far as there are such rows (or
     None), and the h and c that they start from.
     """
-    rows = inputs[0].size(0)
+    sizes = [(wx[0] if isinstance(wx, tuple) else wx).size(0) for wx in inputs]
+    rows = sizes[0]
     h, c = h0[:rows], None if c0 is None else c0[:rows]
     outputs, cells, ended = [], [], []
-    for i, wx in enumerate(inputs):
-        before, rows = rows, wx.size(0)
+    for i, (wx, size) in enumerate(zip(inputs, sizes)):
+        before, rows = rows, size
         if rows < before:
             ended.append((h[rows:], None if c is None else c[rows:]))
             h, c = h[:rows], None if c is None else c[:rows]

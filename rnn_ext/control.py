@@ -164,6 +164,7 @@ class Control:
         reverse: bool = False,
         resets: Tensor | None = None,
         return_cells: bool = True,
+        zoneout: tuple[Tensor | float, Tensor | float] | None = None,
     ) -> tuple[Tensor | None, ...]:
         """As ``composite.layer``, with gradients clipped and watched."""
         watch = self._watch(reverse) if self.looks_at_gradients else None
@@ -175,6 +176,7 @@ class Control:
             resets=resets,
             return_cells=return_cells,
             watch=watch,
+            zoneout=zoneout,
         )
 
     def _watch(self, reverse) -> Callable[[Tensor], Tensor]:

@@ -14,7 +14,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class WithLengths:
     """Mixed into layers, whose ``_run`` it calls."""
 
-    def _run_with_lengths(self, input, hx, lengths, return_cells, resets=None, initial_state=None):
+    def _run_with_lengths(self, input, hx, lengths, details, resets=None, initial_state=None):
         name = self._get_name()
         if isinstance(input, PackedSequence):
             raise ValueError(
@@ -31,35 +31,33 @@ class WithLengths:
             )
         lengths = self._checked_lengths(input, torch.as_tensor(lengths, device="cpu"))
         if torch.compiler.is_compiling():
-            return self._run_gathered(input, hx, lengths, return_cells, resets, initial_state)
+            return self._run_gathered(input, hx, lengths, details, resets, initial_state)
         self._update_flat_weights()
         self.check_input(input, None)
         batch, steps = input.shape[:2] if self.batch_first else input.shape[1::-1]
         if batch == 0 or lengths.min() == steps == lengths.max():
-            return self._run(input, hx, None, return_cells, resets, initial_state)
+            return self._run(input, hx, None, details, resets, initial_state)
         if lengths.min() < 1 or lengths.max() > steps:
             raise ValueError(
                 f"{name}: lengths must be between 1 and the {steps} steps of input, "
                 f"got {lengths.min()}..{lengths.max()}"
             )
         if torch._C._are_functorch_transforms_active():
-            return self._run_gathered(input, hx, lengths, return_cells, resets, initial_state)
+            return self._run_gathered(input, hx, lengths, details, resets, initial_state)
 
         def packed(padded):
             return pack_padded_sequence(padded, lengths, self.batch_first, enforce_sorted=False)
 
         if resets is not None:
             resets = packed(resets).data
-        output, state, cells = self._run(
-            packed(input), hx, None, return_cells, resets, initial_state
-        )
+        output, state, cells = self._run(packed(input), hx, None, details, resets, initial_state)
         output, cells = (
             None if part is None else pad_packed_sequence(part, self.batch_first, 0.0, steps)[0]
             for part in (output, cells)
         )
         return output, state, cells
 
-    def _run_gathered(self, input, hx, lengths, return_cells, resets, initial_state):
+    def _run_gathered(self, input, hx, lengths, details, resets, initial_state):
         """As `_run_with_lengths`, of operations that torch.compile traces and vmap takes."""
         x = input.transpose(0, 1) if self.batch_first else input
         steps, batch = x.shape[:2]
@@ -68,7 +66,7 @@ class WithLengths:
         packed = PackedSequence(x.flatten(0, 1).index_select(0, rows), batch_sizes, order, restore)
         if resets is not None:
             resets = self._steps_first(input, resets).flatten().index_select(0, rows)
-        output, state, cells = self._run(packed, hx, None, return_cells, resets, initial_state)
+        output, state, cells = self._run(packed, hx, None, details, resets, initial_state)
 
         def padded(part):
             data = part.data
@@ -76,7 +74,7 @@ class WithLengths:
             whole = whole.unflatten(0, (steps, batch))
             return whole.transpose(0, 1) if self.batch_first else whole
 
-        return padded(output), state, padded(cells) if return_cells else None
+        return padded(output), state, padded(cells) if details else None
 
     def _checked_lengths(self, input, lengths):
         """``lengths`` as an int64 tensor [B]; the values are not looked at."""

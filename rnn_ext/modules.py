@@ -41,11 +41,12 @@ class RNN(_WithoutProjection):
     the same parameters with the same values from the same seed. `forward` has the shapes and the
     errors.
 
+    What layers have beside torch.nn's arguments is listed in `RecurrentLayers`, and:
+
     Args:
         nonlinearity: f: "tanh", "relu" or, in torch.nn unknown, "sigmoid".
         recurrent_init: keyword only; None, "orthogonal" or "identity" (with relu the IRNN of Le et
             al. 2015, arXiv:1504.00941) for weight_hh at initialization.
-        checkpoint_every, save, grad_clip: keyword only; as of `RecurrentLayers`.
 
     Source: Elman, "Finding structure in time", Cognitive Science 14, 1990.
     """
@@ -55,7 +56,9 @@ class RNN(_WithoutProjection):
     @_shown_as(
         lambda self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
         batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None, *,
-        recurrent_init=None, checkpoint_every=None, save="all", grad_clip=None: None
+        residual=False, weight_dropout=0.0, variational_dropout=0.0, zoneout=0.0,
+        learn_initial_state=False, recurrent_init=None, checkpoint_every=None, save="all",
+        grad_clip=None: None
     )  # fmt: skip
     def __init__(self, *args, **kwargs):
         if len(args) > 3:
@@ -82,12 +85,12 @@ class RNN(_WithoutProjection):
         return self.mode.lower()
 
     @property
-    def _extra(self):
-        return "nonlinearity='sigmoid'" if self.mode == "RNN_SIGMOID" else self._clipping()
+    def _own_extra(self):
+        return "nonlinearity='sigmoid'" if self.mode == "RNN_SIGMOID" else None
 
     def extra_repr(self):
         text = super().extra_repr()
-        return f"{text}, {self._extra}" if self.mode == "RNN_SIGMOID" else text
+        return text if self._own_extra is None else f"{text}, {self._own_extra}"
 
 
 class LSTM(RecurrentLayers):
@@ -101,13 +104,14 @@ class LSTM(RecurrentLayers):
     makes the same parameters with the same values from the same seed. `forward` has the shapes and
     the errors.
 
+    What layers have beside torch.nn's arguments is listed in `RecurrentLayers`, and:
+
     Args:
         forget_bias: keyword only; a number makes it the forget gate's bias at initialization (b_ih
             + b_hh) in every layer and direction. 1 is usual (Jozefowicz et al. 2015). ValueError
             with bias=False.
         recurrent_init: keyword only; None, "orthogonal" or "identity" for each gate's block of
             weight_hh at initialization.
-        checkpoint_every, save, grad_clip: keyword only; as of `RecurrentLayers`.
 
     Sources: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (forget gate); Sak et al. 2014,
     arXiv:1402.1128 (projection).
@@ -125,7 +129,9 @@ class LSTM(RecurrentLayers):
     @_shown_as(
         lambda self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
         dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None, *,
-        forget_bias=None, recurrent_init=None, checkpoint_every=None, save="all",
+        forget_bias=None,
+        residual=False, weight_dropout=0.0, variational_dropout=0.0, zoneout=0.0,
+        learn_initial_state=False, recurrent_init=None, checkpoint_every=None, save="all",
         grad_clip=None: None
     )  # fmt: skip
     def __init__(self, *args, forget_bias=None, **kwargs):
@@ -137,8 +143,8 @@ class LSTM(RecurrentLayers):
     def reset_parameters(self):
         super().reset_parameters()
         if self.forget_bias is not None:
-            for _, _, b_ih, b_hh, _ in self._weights():
-                forget_bias_("LSTM", b_ih, b_hh, self.hidden_size, self.forget_bias)
+            for (_, _, b_ih, b_hh, _), width in zip(self._weights(), self._widths_of_groups()):
+                forget_bias_("LSTM", b_ih, b_hh, width, self.forget_bias)
 
     def extra_repr(self):
         text = super().extra_repr()
@@ -153,11 +159,12 @@ class LSTM(RecurrentLayers):
         resets=None,
         initial_state=None,
         return_cells=False,
+        return_gates=False,
     ):
         """Runs the layers over a sequence.
 
         Args:
-            input, lengths, resets: as of `RecurrentLayers.forward`.
+            input, lengths, resets, return_gates: as of `RecurrentLayers.forward`.
             initial_state: where episodes start, a pair in the form of ``hx``, its batch B or 1.
             hx: the pair ``(h_0, c_0)``, [num_layers * directions, B, proj_size or hidden_size] and
                 [num_layers * directions, B, hidden_size] (no B if there is no batch). None: zeros.
@@ -165,13 +172,16 @@ class LSTM(RecurrentLayers):
                 with directions * hidden_size features.
 
         Returns:
-            ``(output, (h_n, c_n))``, or ``(output, (h_n, c_n), cells)``.
+            ``(output, (h_n, c_n))``, and then cells and gates where they are asked for.
 
         Raises:
             ValueError, RuntimeError: as `RecurrentLayers.forward`.
         """
-        results = self._run(input, hx, lengths, return_cells, resets, initial_state)
-        return self._shown(results, return_cells)
+        details = ()
+        if return_cells is not False or return_gates is not False:
+            details = self._details(cells=return_cells, gates=return_gates)
+        results = self._run(input, hx, lengths, details, resets, initial_state)
+        return self._shown(results, details)
 
 
 class GRU(_WithoutProjection):
@@ -184,6 +194,8 @@ class GRU(_WithoutProjection):
     batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`` makes the same
     parameters with the same values from the same seed. `forward` has the shapes and the errors.
 
+    What layers have beside torch.nn's arguments is listed in `RecurrentLayers`, and:
+
     Args:
         reset_after: keyword only. True, as torch.nn and cuDNN: n = tanh(W_n x_t + b_in + r (U_n
             h_{t-1} + b_hn)). False, the original: n = tanh(W_n x_t + b_in + U_n (r h_{t-1}) +
@@ -191,7 +203,6 @@ class GRU(_WithoutProjection):
             of the z rows of weights and biases to convert.
         recurrent_init: keyword only; None, "orthogonal" or "identity" for each gate's block of
             weight_hh at initialization.
-        checkpoint_every, save, grad_clip: keyword only; as of `RecurrentLayers`.
 
     Source: Cho et al. 2014, arXiv:1406.1078.
     """
@@ -202,7 +213,9 @@ class GRU(_WithoutProjection):
     @_shown_as(
         lambda self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
         dropout=0.0, bidirectional=False, device=None, dtype=None, *, reset_after=True,
-        recurrent_init=None, checkpoint_every=None, save="all", grad_clip=None: None
+        residual=False, weight_dropout=0.0, variational_dropout=0.0, zoneout=0.0,
+        learn_initial_state=False, recurrent_init=None, checkpoint_every=None, save="all",
+        grad_clip=None: None
     )  # fmt: skip
     def __init__(self, *args, reset_after=True, **kwargs):
         if not isinstance(reset_after, bool):
@@ -216,9 +229,9 @@ class GRU(_WithoutProjection):
         return "gru" if self.reset_after else "gru_reset_before"
 
     @property
-    def _extra(self):
-        return self._clipping() if self.reset_after else "reset_after=False"
+    def _own_extra(self):
+        return None if self.reset_after else "reset_after=False"
 
     def extra_repr(self):
         text = super().extra_repr()
-        return text if self.reset_after else f"{text}, {self._extra}"
+        return text if self._own_extra is None else f"{text}, {self._own_extra}"

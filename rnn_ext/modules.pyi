@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 
 from .layers import RecurrentLayers
@@ -12,16 +15,21 @@ class RNN(RecurrentLayers):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: int | Sequence[int],
         num_layers: int = 1,
         nonlinearity: str = "tanh",
-        bias: bool = True,
+        bias: bool | Literal["single"] = True,
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,  # RNNBase has proj_size here, torch.nn's RNN and GRU take no device by position either
         device: Device = None,
         dtype: torch.dtype | None = None,
+        residual: bool = False,
+        weight_dropout: float = 0.0,
+        variational_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        learn_initial_state: bool = False,
         recurrent_init: str | None = None,
         checkpoint_every: int | None = None,
         save: str = "all",
@@ -35,9 +43,9 @@ class LSTM(RecurrentLayers):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: int | Sequence[int],
         num_layers: int = 1,
-        bias: bool = True,
+        bias: bool | Literal["single"] = True,
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
@@ -46,6 +54,11 @@ class LSTM(RecurrentLayers):
         dtype: torch.dtype | None = None,
         *,
         forget_bias: float | None = None,
+        residual: bool = False,
+        weight_dropout: float = 0.0,
+        variational_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        learn_initial_state: bool = False,
         recurrent_init: str | None = None,
         checkpoint_every: int | None = None,
         save: str = "all",
@@ -59,9 +72,9 @@ class GRU(RecurrentLayers):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: int | Sequence[int],
         num_layers: int = 1,
-        bias: bool = True,
+        bias: bool | Literal["single"] = True,
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
@@ -69,6 +82,11 @@ class GRU(RecurrentLayers):
         device: Device = None,
         dtype: torch.dtype | None = None,
         reset_after: bool = True,
+        residual: bool = False,
+        weight_dropout: float = 0.0,
+        variational_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        learn_initial_state: bool = False,
         recurrent_init: str | None = None,
         checkpoint_every: int | None = None,
         save: str = "all",

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .hooks import Hooks
+
 __all__ = ["is_exporting", "layers"]
 
 _GATE_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru_reset_before": (1, 0, 2)}
@@ -34,27 +36,30 @@ def layers(
     name: str,
     cell: str,
     x: Tensor,
-    states: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]],
     weights: Sequence[tuple[Tensor | None, ...]],
     directions: int,
-    hidden: int,
+    widths: Sequence[int],
     *,
     lengths: Tensor | None = None,
     dropout: float = 0.0,
-) -> tuple[Tensor, list[Tensor]]:
+    hooks: Hooks | None = None,
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
     """Layers over directions, a node for each layer.
 
     Args:
         name: of the module, for messages.
         cell: one of ``ops.CELLS``.
         x: [T, B, I].
-        states: h_0 and of the LSTM c_0, [layers and directions, B, H], or none of them.
+        states: h_0 and of the LSTM c_0, each a list with [directions, B, H] of each layer, or none
+            of them.
         weights: (w_ih, w_hh, b_ih, b_hh, w_hr) of each layer and direction.
+        widths: hidden units of each layer.
         lengths: [B] integers, or None.
+        hooks: what adds residual links.
 
     Returns:
-        output [T, B, directions * H] and the list of h_n and, of the LSTM, c_n, laid out like
-        ``states``.
+        output [T, B, directions * H] and h_n and, of the LSTM, c_n, laid out like ``states``.
 
     Raises:
         RuntimeError: for what ONNX has not: the cell, a projection.
@@ -67,15 +72,19 @@ def layers(
         lengths = lengths.to(torch.int32)
     last = []
     for first in range(0, len(weights), directions):
+        before = x
         if first and dropout:
             x = torch.dropout(x, dropout, True)
-        group = slice(first, first + directions)
-        given = [state[group] for state in states]
-        output, *after = _layer(cell, x, given, weights[group], hidden, lengths)
+        layer = first // directions
+        given = [state[layer] for state in states]
+        group = weights[first : first + directions]
+        output, *after = _layer(cell, x, given, group, widths[layer], lengths)
         # [T, directions, B, H]
         x = output.squeeze(1) if directions == 1 else output.transpose(1, 2).flatten(2)
+        if hooks is not None:
+            x = hooks.after(first, before, x)
         last.append(after)
-    return x, [torch.cat(parts) for parts in zip(*last)]
+    return x, list(zip(*last))
 
 
 def _layer(cell, x, states, weights, hidden, lengths):

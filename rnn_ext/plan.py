@@ -101,7 +101,7 @@ def explain(
     if arranged is None:
         raise ValueError(f"explain: {module} cannot take this input; calling it says why")
 
-    reason = uncovered(x, states, weights) or _uncontrolled(module, x)
+    reason = module._unserved or uncovered(x, states, weights) or _uncontrolled(module, x)
     plans = []
     for k, group in enumerate(weights):
         how = _choose(module, x, steps, batch, directions, group, reason)

@@ -10,10 +10,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _C, functional, library, onnx
 from .backend import is_plain_call
-from .layers import RecurrentLayers
 from .lengths import WithLengths
 from .modules import GRU, LSTM, RNN
+from .replacement import Replacement
 from .stack import stack
+from .states import WithStates
 
 __all__ = ["KINDS", "QuantizedLayers", "pack", "quantize_weights", "unpack"]
 
@@ -86,6 +87,8 @@ def _check_quantizable(name, layer):
             reason = f"has {key} in {weight.dtype} on {weight.device}; call .float().cpu() first"
         elif not weight.isfinite().all():
             reason = f"has an entry of {key} that is not finite"
+    if layer._lasting_option is not None:
+        reason = f"has {layer._lasting_option}, which quantized layers have not"
     if not reason and len(list(layer.parameters())) != sum(map(len, layer._all_weights)):
         reason = "has weights that are no parameters of its own"
     if reason:
@@ -131,7 +134,7 @@ def unpack(packed: Tensor, scales: Tensor | None, units: int, depth: int) -> Ten
     return rows[:, :units, :depth].reshape(gates * units, depth)
 
 
-class QuantizedLayers(WithLengths, torch.nn.Module):
+class QuantizedLayers(WithLengths, WithStates, torch.nn.Module):
     """RNN, LSTM or GRU layers with weights of fewer bits: what `quantize_weights` makes of them.
 
     For inference on the CPU: float32 in and out, no gradients, no dropout. The buffers have the
@@ -141,12 +144,8 @@ class QuantizedLayers(WithLengths, torch.nn.Module):
     with.
     """
 
-    _arrange = RecurrentLayers._arrange
-    _initial = RecurrentLayers._initial
-    _like = RecurrentLayers._like
-    _joined = RecurrentLayers._joined
-    _states = RecurrentLayers._states
-    _as_leaf = RecurrentLayers._as_leaf
+    _states = Replacement._states
+    _as_leaf = Replacement._as_leaf
 
     kind: str
     float_bytes: int
@@ -251,16 +250,18 @@ class QuantizedLayers(WithLengths, torch.nn.Module):
         resets: Any = None,
         initial_state: Any = None,
         return_cells: bool = False,
+        return_gates: bool = False,
     ) -> Any:
         """As the float layer's, in float32 on the CPU.
 
         Raises:
             RuntimeError: gradients are asked for, dtypes, devices or sizes do not fit, or
                 torch.jit.trace is recording.
-            ValueError: ``lengths`` do not fit; ``return_cells``, ``resets`` or ``initial_state``,
-                which its kernels do not know.
+            ValueError: ``lengths`` do not fit; ``return_cells``, ``return_gates``, ``resets`` or
+                ``initial_state``, which its kernels do not know.
         """
-        extras = {"return_cells": return_cells or None, "resets": resets}
+        asked = {"return_cells": return_cells or None, "return_gates": return_gates or None}
+        extras = asked | {"resets": resets}
         for name, value in (extras | {"initial_state": initial_state}).items():
             if value is not None:
                 raise ValueError(f"{self._get_name()}: {name} needs the float32 layer")
@@ -268,10 +269,10 @@ class QuantizedLayers(WithLengths, torch.nn.Module):
         if node is not None:
             return node
         if lengths is not None:
-            return self._run_with_lengths(input, hx, lengths, False)[:2]
+            return self._run_with_lengths(input, hx, lengths, ())[:2]
         return self._run(input, hx)[:2]
 
-    def _run(self, input, hx, lengths=None, return_cells=False, resets=None, initial_state=None):
+    def _run(self, input, hx, lengths=None, details=(), resets=None, initial_state=None):
         if type(input) is Tensor and is_plain_call():
             results = self._run_plain(input, hx)
             if results is not None:

@@ -23,6 +23,7 @@ class Replacement:
     _twin: type
     _cell: str  # name of the cell, as rnn_ext.ops knows it
     _extra = None  # what the twin has no equivalent of, in words
+    _unserved = None  # why no kernel serves it, whatever the input
     recurrent_init: str | None = None
 
     def _keep_recurrent_init(self, kind):
@@ -66,6 +67,10 @@ class Replacement:
             raise RuntimeError(f"{self._get_name()} with {extra} cannot take this input")
         warn_once(f"{self._get_name()}: torch.nn's kernel serves instead: {reason}")
         return result
+
+    def _details(self, **asked):
+        """What is asked for, by name; what torch.fx traces may be."""
+        return tuple(k for k, want in asked.items() if isinstance(want, Proxy) or want)
 
     def _as_leaf(self, input, **arguments):
         """A call node if torch.fx traces ``input`` or the state, otherwise None.

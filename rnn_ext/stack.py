@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .hooks import Hooks
 
 __all__ = ["no_restoring", "stack", "with_restored"]
 
@@ -45,14 +46,16 @@ def stack(
     return_cells: bool = False,
     fused: bool = True,
     run: Callable[..., Any] | None = None,
+    hooks: Hooks | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None], Tensor | None]:
     """Layers over directions over ``run`` (``ops.layer``), with dropout between layers; no checks.
 
     ``h0``, ``c0`` (Nones but for the LSTM) and ``weights`` (w_ih, w_hh, b_ih, b_hh, w_hr) are lists
     with an entry for each layer and direction, directions innermost; ``x`` is [T, B, I], or [N, I]
-    with ``batch_sizes``, ``resets`` [T, B] or [N]. Returns ``output``, the lists of h_n and c_n,
-    and with ``return_cells`` the last layer's cells. Under autocast the results have the dtypes
-    that torch.nn gives them, ``fused`` for the layers, not ``fused`` for the cells.
+    with ``batch_sizes``, ``resets`` [T, B] or [N]; ``hooks`` is what happens around layers. Returns
+    ``output``, the lists of h_n and c_n, and with ``return_cells`` the last layer's cells. Under
+    autocast the results have the dtypes that torch.nn gives them, ``fused`` for the layers, not
+    ``fused`` for the cells.
     """
     device = "cuda" if x.is_cuda else "cpu"
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -74,11 +77,12 @@ def stack(
                 resets=resets,
                 return_cells=return_cells,
                 run=run,
+                hooks=hooks,
             )
         return output.to(h_dtype), _cast(h_n, h_dtype), c_n, cells
 
     run = run or ops.layer
-    if len(weights) == 1:  # the loops below would cost a single step as much as its kernel
+    if len(weights) == 1 and hooks is None:  # the loops below cost as much as a step's kernel
         x, h_n, c_n, cells = run(
             cell,
             x,
@@ -93,26 +97,34 @@ def stack(
         return x, [h_n], [c_n], cells
     h_n, c_n = [], []
     for first in range(0, len(weights), directions):
+        before = x
         if first and dropout:
             x = torch.dropout(x, dropout, True)
+        if hooks is not None:
+            x = hooks.before(first, x, batch_sizes)
         options = {
             "batch_sizes": batch_sizes,
             "resets": resets,
             "return_cells": return_cells and first + directions == len(weights),
         }
         group = [(h0[k], c0[k], *weights[k]) for k in range(first, first + directions)]
+        more = [{}] * directions if hooks is None else hooks.options(first, x, group, batch_sizes)
         if directions == 2 and run is ops.layer:
             results = ops.both_directions(cell, x, *group, reverse=reverse, **options)
         else:
             results = [
-                run(cell, x, *tensors, reverse=reverse != bool(k), **options)
+                run(cell, x, *tensors, reverse=reverse != bool(k), **options, **more[k])
                 for k, tensors in enumerate(group)
             ]
+        given = x
         if directions == 1:
             x, _, _, cells = results[0]
         else:
             x = torch.cat([result[0] for result in results], -1)
             cells = [result[3] for result in results]
+        if hooks is not None:
+            hooks.record(cell, given, group, results, batch_sizes, resets)
+            x = hooks.after(first, before, x)
         h_n += [result[1] for result in results]
         c_n += [result[2] for result in results]
     if not return_cells:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from .cells import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN
+from .options import DEFAULTS
 
 __all__ = ["accelerate", "restore"]
 
@@ -18,9 +19,9 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 _OURS = {ours._twin: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}
 _TORCH = {ours: twin for twin, ours in _OURS.items()}
-# Attributes of ours that torch.nn's classes have not: choices of initialization, already made, and
-# of what training keeps.
-_ONLY_OURS = ("forget_bias", "recurrent_init", "_control")
+# Attributes of ours that torch.nn's classes have not: choices of initialization, already made, of
+# what training keeps, and options that are off.
+_ONLY_OURS = ("forget_bias", "recurrent_init", "_control", "_extended", *DEFAULTS)
 
 
 def accelerate(model: Model) -> Model:

@@ -12,6 +12,15 @@ __all__ = ["Gradients", "Layer"]
 
 NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
+_REFUSED = {
+    "weight_dropout": "a mask holds for one call, and a stream has no end; use weight_dropout=0",
+    "variational_dropout": "a mask holds for one sequence, and a stream has no end; use "
+    "variational_dropout=0, or mask what goes in",
+    "zoneout": "the influence on a state that is held back is not computed; use zoneout=0",
+    "learn_initial_state": "a stream begins at zeros, and the influence of another beginning is "
+    "not computed; use learn_initial_state=False",
+}
+
 # Of w_ih, w_hh, b_ih and b_hh, and whether they are finite.
 Gradients: TypeAlias = tuple[Sequence[Tensor | None], bool]
 
@@ -54,7 +63,11 @@ class Layer(NamedTuple):
                 f"RTRL: {kind} has grad_clip={module.grad_clip!r}, which clips dL/dh_t; gradients "
                 "carried forward in time have none: clip those of the parameters instead"
             )
-        names = NAMES if module.bias else NAMES[:2]
+        for option, reason in _REFUSED.items():
+            if getattr(module, option):
+                value = getattr(module, option)
+                raise ValueError(f"RTRL: {kind} has {option}={value!r}; {reason}")
+        names = {True: NAMES, "single": NAMES[:3], False: NAMES[:2]}[module.bias]
         missing = [name for name in names if name not in module._parameters]
         if missing:
             raise ValueError(
@@ -64,7 +77,7 @@ class Layer(NamedTuple):
         more = sorted(set(module._parameters) - set(names))
         if more:
             raise ValueError(f"RTRL: {kind} has parameters that RTRL does not know: {more}")
-        layer = cls(module, module._cell, module.input_size, module.hidden_size, names)
+        layer = cls(module, module._cell, module.input_size, module._widths()[0], names)
         for name, weight in zip(names, layer.parameters()):
             if weight.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"RTRL: {name} is {weight.dtype}; use float32 or float64")
@@ -77,7 +90,10 @@ class Layer(NamedTuple):
 
     def weights(self) -> list[Tensor | None]:
         """w_ih, w_hh, b_ih, b_hh."""
-        return [*self.parameters(), *[None] * (4 - len(self.names))]
+        found = self.parameters()
+        if len(found) == 3:  # bias="single"
+            return [*found, torch.zeros_like(found[2])]
+        return [*found, *[None] * (4 - len(found))]
 
     def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self.parameters(), gradients):

@@ -68,6 +68,7 @@ class Tape:
     input_size: int
     cuts: ndarray  # bool [T, B]: no state is carried into row b's step t
     restored: list[bool]  # of h and of c: what resets restore was given
+    holds: list[ndarray]  # zoneout: [T, B, size] of h and c, the share of the state that stays
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def forward(
     resets: ArrayLike | None = None,
     reset_h: ArrayLike | None = None,
     reset_c: ArrayLike | None = None,
+    zoneout: tuple[ArrayLike, ArrayLike] = (0.0, 0.0),
 ) -> Result:
     """Run one layer in one direction over a batch of sequences.
 
@@ -135,6 +137,8 @@ def forward(
             between steps t - 1 and t.
         reset_h, reset_c: [B, S] and [B, H], what the step that lacks it starts from, or None for
             zeros.
+        zoneout: the share of h_{t-1} and of c_{t-1} that stays in place of the step's own (Krueger
+            et al. 2017): numbers, or laid out like output and cells; 0 and 1 are masks.
 
     Raises:
         ValueError: an unknown cell, a wrong shape, or lengths or batch_sizes out of range.
@@ -163,16 +167,19 @@ def forward(
         for value, size, name in zip(given, sizes, ("reset_h", "reset_c"), strict=False)
     ]
     cuts = _cuts(resets, active, packed, reverse)
+    holds = [_held(hold, active, size, packed) for hold, size in zip(zoneout, sizes, strict=False)]
     trajectory = [np.zeros((steps, batch, size)) for size in sizes]
 
     tape = []
     for t in reversed(range(steps)) if reverse else range(steps):
         rows = np.flatnonzero(active[t])
         cut = cuts[t, rows, None]
-        before = (np.where(cut, r[rows], s[rows]) for r, s in zip(restored, state, strict=True))
+        before = [np.where(cut, r[rows], s[rows]) for r, s in zip(restored, state, strict=True)]
         record = spec.step(x[t, rows], *before, weights)
-        for s, states, new in zip(state, trajectory, record.state, strict=True):
-            s[rows] = states[t, rows] = new
+        # h' = z_h h + (1 - z_h) h~   c' = z_c c + (1 - z_c) c~   h~ has c~ in it, not c'
+        each = zip(state, trajectory, before, record.state, holds, strict=True)
+        for s, states, old, new, hold in each:
+            s[rows] = states[t, rows] = hold[t, rows] * old + (1 - hold[t, rows]) * new
         tape.append((t, rows, record))
 
     if packed:
@@ -180,7 +187,7 @@ def forward(
     output, all_c = (*trajectory, None)[:2]
     h_n, c_n = (*state, None)[:2]
     was_given = [value is not None for value in given]
-    all_steps = Tape(spec, weights, active, packed, tape, x.shape[-1], cuts, was_given)
+    all_steps = Tape(spec, weights, active, packed, tape, x.shape[-1], cuts, was_given, holds)
     return Result(output, h_n, c_n, all_c, all_steps)
 
 
@@ -238,12 +245,17 @@ def _backward(result, cotangents, grad_clip):
     totals = [None if w is None else np.zeros_like(w) for w in tape.weights]
     d_restored = [np.zeros_like(d) for d in d_state]
     for t, rows, record in reversed(tape.steps):
-        reaching = (d[rows] + at[t, rows] for d, at in zip(d_state, d_trajectory, strict=True))
-        dh[t, rows], *dc = reaching
-        step = tape.cell.step_backward(record, clip(dh[t, rows], grad_clip), *dc, tape.weights)
+        reaching = [d[rows] + at[t, rows] for d, at in zip(d_state, d_trajectory, strict=True)]
+        dh[t, rows] = reaching[0]
+        reaching[0] = clip(reaching[0], grad_clip)
+        kept = [hold[t, rows] for hold in tape.holds]
+        own = ((1 - k) * d for k, d in zip(kept, reaching, strict=True))
+        step = tape.cell.step_backward(record, *own, tape.weights)
         dx[t, rows] = step.x
         cut = tape.cuts[t, rows, None]
-        for d, d_reset, before in zip(d_state, d_restored, step.state, strict=True):
+        each = zip(d_state, d_restored, step.state, kept, reaching, strict=True)
+        for d, d_reset, before, k, r in each:
+            before = before + k * r
             d[rows] = np.where(cut, 0, before)
             d_reset[rows] += np.where(cut, before, 0)
         for total, term in zip(totals, step.weights, strict=True):
@@ -305,6 +317,17 @@ def _cuts(resets, active, packed, reverse):
     cuts = np.zeros_like(active)
     cuts[:-1] = resets[1:] & active[1:]
     return cuts
+
+
+def _held(hold, active, size, packed):
+    """[T, B, size] of the share of a state that stays."""
+    hold = _float64(hold)
+    if hold.ndim == 0:
+        return np.full((*active.shape, size), hold)
+    hold = _unpack(hold, active) if packed else hold
+    if hold.shape != (*active.shape, size):
+        raise ValueError(f"reference: zoneout must be laid out like output, got {hold.shape}")
+    return hold
 
 
 def _unpack(packed, active):

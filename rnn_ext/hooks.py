@@ -1,0 +1,155 @@
+"""What a stack does around its layers: masks, residual links, zoneout, and a look at the gates."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import inspection, random
+
+__all__ = ["Hooks"]
+
+Group: TypeAlias = tuple[Tensor | None, ...]
+
+
+class Hooks:
+    """Of one call of a layer stack. ``functional.stack`` calls the methods, layer by layer.
+
+    Layers are counted together with directions, as the lists of states and weights are.
+
+    Args:
+        directions: 1 or 2.
+        training: whether masks are drawn.
+        residual, weight_dropout, variational_dropout, zoneout: as `RecurrentLayers` has them.
+        batch: B. To be set before the layers run, as is ``sequences``.
+        sequences: [B] int64, which sequence stands where in the batch; None: in order. So that the
+            masks of a sequence do not depend on how a batch was sorted.
+        gates: whether to record the gates of the last layer.
+    """
+
+    def __init__(
+        self,
+        directions: int,
+        *,
+        training: bool = False,
+        residual: bool = False,
+        weight_dropout: float = 0.0,
+        variational_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        gates: bool = False,
+    ) -> None:
+        self.directions: int = directions
+        self.training: bool = training
+        self.residual: bool = residual
+        self.zoneout: float = zoneout
+        self.weight_dropout: float = weight_dropout if training else 0.0
+        self.variational_dropout: float = variational_dropout if training else 0.0
+        self.gates: bool = gates
+        self.batch: int = 0
+        self.sequences: Tensor | None = None
+        self._seed: Tensor | None = None
+        self._weights: list[Group] | None = None
+        self._recorded: list[Tensor] = []
+
+    @property
+    def around_layers(self) -> bool:
+        """Whether there is anything to do between layers, or inside of them."""
+        return bool(self.residual or self.zoneout or self.variational_dropout or self.gates)
+
+    def weights(self, groups: list[Group]) -> list[Group]:
+        """``groups`` (w_ih, w_hh, ...) with the masks of this call on w_hh."""
+        if not self.weight_dropout:
+            return groups
+        if self._weights is None:
+            self._weights = [
+                (group[0], self._dropped(group[1], k), *group[2:]) for k, group in enumerate(groups)
+            ]
+        return self._weights
+
+    def before(self, first: int, x: Tensor, batch_sizes: Tensor | None) -> Tensor:
+        """The input of layer ``first``, masked: one mask for all steps of a sequence."""
+        p = self.variational_dropout
+        if not p:
+            return x
+        steps = torch.zeros(self.batch, dtype=torch.int64)
+        mask = self._mask("variational_dropout", first, steps, self._rows(steps), x.size(-1), p, x)
+        if batch_sizes is not None:
+            mask = mask.index_select(0, inspection.rows_of(batch_sizes, x.size(0))[1].to(x.device))
+        return x * mask
+
+    def options(
+        self, first: int, x: Tensor, group: Sequence[Any], batch_sizes: Tensor | None
+    ) -> list[dict[str, Any]]:
+        """Further arguments of layer ``first``, for each of its directions."""
+        p = self.zoneout
+        if not p:
+            return [{}] * self.directions
+        if not self.training:
+            return [{"zoneout": (p, p)}] * self.directions
+        holds = []
+        for direction, (h0, c0, *_) in enumerate(group):
+            layer, rows = first + direction, self._rows_of(x, self.batch, batch_sizes)
+            hold_h = self._hold("zoneout_h", layer, *rows, x, h0)
+            hold_c = 0.0 if c0 is None else self._hold("zoneout_c", layer, *rows, x, c0)
+            holds.append({"zoneout": (hold_h, hold_c)})
+        return holds
+
+    def _rows_of(self, x, batch, batch_sizes):
+        """Time and sequence of each row of a layer's input."""
+        if batch_sizes is None:
+            steps = torch.arange(x.size(0)).repeat_interleave(batch)
+            return steps, torch.arange(batch).repeat(x.size(0))
+        steps, slots = inspection.rows_of(batch_sizes, x.size(0))
+        return steps, slots if self.sequences is None else self.sequences[
+            slots.to(self.sequences.device)
+        ]
+
+    def _hold(self, purpose, layer, steps, rows, x, state):
+        kept = self._mask(purpose, layer, steps, rows, state.size(-1), self.zoneout, state, 1.0)
+        return (1 - kept).reshape(*x.shape[:-1], state.size(-1))
+
+    def after(self, first: int, before: Tensor, x: Tensor) -> Tensor:
+        """What layer ``first`` hands on, given what reached it and what it computed."""
+        linked = self.residual and first > 0 and before.size(-1) == x.size(-1)
+        return x + before if linked else x
+
+    def record(
+        self,
+        cell: str,
+        x: Tensor,
+        group: Sequence[Any],
+        results: Sequence[Any],
+        batch_sizes: Tensor | None,
+        resets: Tensor | None,
+    ) -> None:
+        """Keeps the gates of a layer that has run; the last one's stay."""
+        if self.gates:
+            layout = self.batch, batch_sizes, resets
+            self._recorded = [
+                inspection.gates(
+                    cell, x, result[0], tensors[0], tensors[2:6], *layout, bool(direction)
+                )
+                for direction, (tensors, result) in enumerate(zip(group, results))
+            ]
+
+    def recorded(self, cell: str) -> Tensor:
+        """The last layer's gates, each with its directions side by side: [..., G * D * H]."""
+        count = len(inspection.GATES[cell])
+        parts = [gates.chunk(count, -1) for gates in self._recorded]
+        return torch.cat([part[k] for k in range(count) for part in parts], -1)
+
+    def _dropped(self, weight, layer):
+        rows = torch.arange(weight.size(0))
+        p, steps = self.weight_dropout, torch.zeros_like(rows)
+        return weight * self._mask("weight_dropout", layer, steps, rows, weight.size(1), p, weight)
+
+    def _rows(self, steps):
+        return torch.arange(steps.size(0)) if self.sequences is None else self.sequences
+
+    def _mask(self, purpose, layer, steps, rows, columns, p, like, scale=None):
+        if self._seed is None:
+            self._seed = random.draw_seed()
+        scale = 1 / (1 - p) if scale is None else scale
+        stream = random.stream(purpose, layer)
+        return random.mask(self._seed, stream, steps, rows, columns, p, scale, like)
