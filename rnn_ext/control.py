@@ -95,6 +95,10 @@ class Control:
         return self.clip[1] if self.clip and self.clip[0] == "value" else self.clip
 
     @property
+    def keeps_less(self) -> bool:
+        return self.checkpoint_every is not None or self.save != "all"
+
+    @property
     def looks_at_gradients(self) -> bool:
         return self.clip is not None or self.flow is not None
 
@@ -210,7 +214,7 @@ class Control:
         of them a row) a cache holds. Sums over time are cut where their blocks end, which keeps
         every bit, where that at most doubles the steps between checkpoints.
         """
-        if self.checkpoint_every is None and self.save == "all":
+        if not self.keeps_less:
             return None
         rows = _SUMMED_ROWS if dtype == torch.bfloat16 else _SUMMED_ROWS // 2
         whole = 1 if packed else rows // math.gcd(rows, batch)

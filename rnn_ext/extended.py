@@ -28,6 +28,8 @@ class ExtendedLayers(WithStates, Replacement, torch.nn.RNNBase):
     variational_dropout: float = 0.0
     zoneout: float = 0.0
     _extended = False  # whether any of these, or learn_initial_state, was ever set
+    _option_words: tuple[str, ...] = ()  # those that are not the default, for messages
+    _ratios: dict[str, tuple[int, int]] | None = None  # those that are probabilities
     _control: Control | None = None  # of training, where a constructor was asked for it
     _own_extra: str | None = None  # what makes the cell one that torch.nn has not, in words
 
@@ -87,8 +89,17 @@ class ExtendedLayers(WithStates, Replacement, torch.nn.RNNBase):
                 raise ValueError(
                     f"{self._get_name()}: learn_initial_state is chosen at construction"
                 )
-            self.__dict__["_extended"] = True
         super().__setattr__(name, value)
+        if name in options.DEFAULTS:
+            # torch.compile takes floats that differ between modules for symbols, and forms neither
+            # text nor masks of those; text and a module's integers are constants to it.
+            self.__dict__["_option_words"] = tuple(options.in_words(self))
+            self.__dict__["_ratios"] = options.ratios(self)
+            self.__dict__["_extended"] = True
+
+    def _probability(self, option):
+        ratio = None if self._ratios is None else self._ratios.get(option)
+        return 0.0 if ratio is None else ratio[0] / ratio[1]
 
     @property
     def checkpoint_every(self) -> int | None:
@@ -115,17 +126,17 @@ class ExtendedLayers(WithStates, Replacement, torch.nn.RNNBase):
 
     def _all_options(self):
         own = [f"hidden_size={self.hidden_size}"] if isinstance(self.hidden_size, tuple) else []
-        return own + ["bias='single'"] * (self.bias == "single") + options.in_words(self)
+        return own + ["bias='single'"] * (self.bias == "single") + list(self._option_words)
 
     @property
     def _unserved(self):
         """Why no kernel serves the layer, whatever its input (a phrase), or None."""
-        return "no kernel has zoneout yet" if self.zoneout else None
+        return "no kernel has zoneout yet" if self._probability("zoneout") else None
 
     def extra_repr(self) -> str:
         text = super().extra_repr().replace("bias=single", "bias='single'")
         control = [] if self._control is None else [str(self._control)]
-        return ", ".join([text, *options.in_words(self), *control])
+        return ", ".join([text, *self._option_words, *control])
 
     def flatten_parameters(self) -> None:
         if isinstance(self.hidden_size, int) and self.bias != "single":  # what cuDNN takes
@@ -154,9 +165,9 @@ class ExtendedLayers(WithStates, Replacement, torch.nn.RNNBase):
             2 if self.bidirectional else 1,
             training=self.training,
             residual=self.residual,
-            weight_dropout=self.weight_dropout,
-            variational_dropout=self.variational_dropout,
-            zoneout=self.zoneout,
+            weight_dropout=self._probability("weight_dropout"),
+            variational_dropout=self._probability("variational_dropout"),
+            zoneout=self._probability("zoneout"),
             gates="gates" in details,
         )
 

@@ -214,7 +214,9 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
             hooks=hooks if hooks is not None and hooks.around_layers else None,
         )
         if reason is not None:
-            self._warn_composed(reason, extra)
+            kept = control is not None and control.keeps_less
+            more = f", which keep everything in spite of {control}" if kept else ""
+            self._warn_composed(reason, extra, more)
         state = self._joined(h_n, input)
         if self._cell == "lstm":
             state = state, self._joined(c_n, input)

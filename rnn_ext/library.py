@@ -6,7 +6,8 @@ csrc/ops/operators.cpp defines them; here they get fake kernels (shapes alone) a
 - ``rnn_ext::layer_forward``, ``rnn_ext::layer_backward``: what it becomes where gradients are asked
   for;
 - ``rnn_ext::quantized_layer``: the same over weights of fewer bits, without gradients;
-- ``rnn_ext::packing``: where the steps of padded sequences lie when they are packed.
+- ``rnn_ext::packing``: where the steps of padded sequences lie when they are packed;
+- ``rnn_ext::random_mask``: the masks of dropouts.
 
 ``tensors`` are h0, c0, w_ih, w_hh, b_ih, b_hh and w_hr of one direction, or of the one forward in
 time and then the one backward. An operator's results alias nothing.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from . import _C, transforms
 
-__all__ = ["layer", "packing", "quantized_layer"]
+__all__ = ["layer", "packing", "quantized_layer", "random_mask"]
 
 _operators = torch.ops.rnn_ext
 _DIRECTION, _SHOWN = 7, 4  # tensors that a direction takes, and gives
@@ -64,6 +65,20 @@ def packing(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     lengths that are not in 1..steps.
     """
     return _operators.packing(lengths, steps)
+
+
+def random_mask(
+    seed: Tensor,
+    stream: int,
+    steps: Tensor,
+    rows: Tensor,
+    columns: int,
+    threshold: int,
+    kept: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As ``_C.random_mask``, on the CPU."""
+    return _operators.random_mask(seed, stream, steps, rows, columns, threshold, kept, dtype)
 
 
 def _split(items, parts):
@@ -165,6 +180,10 @@ def _packing_fake(lengths, steps):
     return tuple(lengths.new_empty(n) for n in (rows, taken, *lengths.shape * 2))
 
 
+def _random_mask_fake(seed, stream, steps, rows, columns, threshold, kept, dtype):
+    return steps.new_empty((steps.shape[0], columns), dtype=dtype)
+
+
 class _Layer(torch.autograd.Function):
     """Tensors first: input, then the seven of each direction."""
 
@@ -236,6 +255,7 @@ def _register(namespace):
         "layer_backward": _layer_backward_fake,
         "quantized_layer": _quantized_layer_fake,
         "packing": _packing_fake,
+        "random_mask": _random_mask_fake,
     }.items():
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 

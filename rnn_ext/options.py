@@ -15,6 +15,7 @@ __all__ = [
     "make_initial_states",
     "make_parameters",
     "named_arguments",
+    "ratios",
     "reset_uniform",
 ]
 
@@ -125,3 +126,13 @@ def in_words(layers: Any) -> list[str]:
         for option, default in DEFAULTS.items()
         if own.get(option, default) != default
     ]
+
+
+def ratios(layers: Any) -> dict[str, tuple[int, int]]:
+    """The probabilities of ``layers`` that are not zero, as exact fractions."""
+    own = layers.__dict__
+    return {
+        option: own[option].as_integer_ratio()
+        for option, default in DEFAULTS.items()
+        if isinstance(default, float) and own.get(option)
+    }

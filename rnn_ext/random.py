@@ -17,7 +17,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, library
 from .reference.random import STREAMS, stream, threshold
 
 __all__ = ["STREAMS", "draw_seed", "mask", "stream", "threshold"]
@@ -56,9 +56,12 @@ def mask(
         steps, rows: int64 [N] on the CPU: time and sequence of each row of the result.
     """
     limit = threshold(p)
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if like.is_cpu and not (recorded or torch._C._are_functorch_transforms_active()):
-        return _C.random_mask(seed.item(), stream, steps, rows, columns, limit, kept, like)
+    composed = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    if like.is_cpu and not composed:
+        where = stream, steps, rows, columns, limit, kept
+        if torch.compiler.is_compiling():
+            return library.random_mask(seed, *where, like.dtype)
+        return _C.random_mask(seed.item(), *where, like)
     steps, rows = steps.to(like.device), rows.to(like.device)
     quads = torch.arange((columns + 3) // 4, device=like.device)
     words = _philox(seed, (quads, rows[:, None], steps[:, None], stream))

@@ -54,10 +54,11 @@ class Replacement:
             raise RuntimeError(f"{name}: the backend {backend!r} cannot run this: {reason}")
         return extra is not None or backend == "reference"
 
-    def _warn_composed(self, reason, extra):
+    def _warn_composed(self, reason, extra, more=""):
         if current() == "auto":
             warn_once(
                 f"{self._get_name()} with {extra}: {reason}; composed of torch operations instead"
+                + more
             )
 
     def _run_twin(self, input, hx, reason="it takes this input, rnn_ext does not", extra=None):

@@ -21,7 +21,8 @@ _OURS = {ours._twin: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCel
 _TORCH = {ours: twin for twin, ours in _OURS.items()}
 # Attributes of ours that torch.nn's classes have not: choices of initialization, already made, of
 # what training keeps, and options that are off.
-_ONLY_OURS = ("forget_bias", "recurrent_init", "_control", "_extended", *DEFAULTS)
+_ONLY_OURS = ("forget_bias", "recurrent_init", "_control")
+_ONLY_OURS += ("_extended", "_option_words", "_ratios", *DEFAULTS)
 
 
 def accelerate(model: Model) -> Model:

@@ -1,116 +1,19 @@
 """Options of layers that torch.nn has not, against the NumPy reference."""
 
-import numpy as np
 import pytest
 import torch
 from kinds import KINDS, make, random, squares
+from options_by_numpy import OPTIONS, expected, h_n, learned, seed_of_next_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from twins import assert_same, tensors
 
 import rnn_ext
 from rnn_ext import FallbackWarning, composite, reference
-from rnn_ext.reference import random as numbers
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 T, B = 5, 3
 LENGTHS = [3, 5, 1]
 quiet = pytest.mark.filterwarnings("ignore:.*no kernel has zoneout:rnn_ext.FallbackWarning")
-
-
-def seed_of_next_call(seed=5):
-    """Makes the next call the one with this seed, which is returned."""
-    torch.manual_seed(seed)
-    found = int(torch.randint(2**62, ()))
-    torch.manual_seed(seed)
-    return found
-
-
-def keep(seed, purpose, layer, steps, rows, columns, p):
-    stream = numbers.stream(purpose, layer)
-    return numbers.keep(seed, stream, np.asarray(steps), np.asarray(rows), columns, p)
-
-
-def expected(module, x, hx=None, lengths=None, seed=0):
-    """(output, h_n of each layer and direction) by the reference, options included."""
-    x, training = x.detach().numpy(), module.training
-    steps, batch = x.shape[:2]
-    directions, states = 2 if module.bidirectional else 1, []
-    initial = None if hx is None else [s for state in hx for s in state.unbind(0)]
-    count = len(module._all_weights)
-    for first in range(0, count, directions):
-        before, outputs = x, []
-        if training and (p := module.variational_dropout):
-            mask = keep(
-                seed, "variational_dropout", first, [0] * batch, range(batch), x.shape[2], p
-            )
-            x = x * mask / (1 - p)
-        for k in range(first, first + directions):
-            group = [None if w is None else w.detach().numpy() for w in module._weights()[k]]
-            rows, width = group[1].shape
-            if training and (p := module.weight_dropout):
-                mask = keep(seed, "weight_dropout", k, [0] * rows, range(rows), width, p)
-                group[1] = group[1] * mask / (1 - p)
-            hidden = module._widths_of_groups()[k]
-            hold = (module.zoneout, module.zoneout)
-            if training and (p := module.zoneout):
-                at = np.repeat(np.arange(steps), batch), np.tile(np.arange(batch), steps)
-                hold = [
-                    1.0 - keep(seed, purpose, k, *at, size, p).reshape(steps, batch, size)
-                    for purpose, size in (("zoneout_h", width), ("zoneout_c", hidden))
-                ]
-            c0 = None
-            h0 = None if initial is None else initial[k].numpy()
-            if initial is not None and module._cell == "lstm":
-                c0 = initial[count + k].numpy()
-            result = reference.forward(
-                module._cell,
-                x,
-                h0,
-                c0,
-                group,
-                lengths=lengths,
-                reverse=bool(k - first),
-                zoneout=hold,
-            )
-            outputs.append(result.output)
-            states.append(torch.from_numpy(result.h_n))
-        x = np.concatenate(outputs, -1)
-        if module.residual and first and x.shape == before.shape:
-            active = (
-                np.ones((steps, batch)) if lengths is None else np.arange(steps)[:, None] < lengths
-            )
-            x = x + before * active[..., None]
-    return torch.from_numpy(x), states
-
-
-def h_n(module, results):
-    state = results[1][0] if module._cell == "lstm" else results[1]
-    parts = state if isinstance(state, tuple) else (state,)
-    return [row for part in parts for row in part.unbind(0)]
-
-
-OPTIONS = {
-    "residual": {"num_layers": 3, "residual": True},
-    "single_bias": {"num_layers": 2, "bias": "single"},
-    "weight_dropout": {"num_layers": 2, "weight_dropout": 0.4},
-    "variational_dropout": {"num_layers": 2, "variational_dropout": 0.4},
-    "zoneout": {"num_layers": 2, "zoneout": 0.3},
-    "learned": {"num_layers": 2, "learn_initial_state": True},
-    "all": {
-        "num_layers": 3, "residual": True, "weight_dropout": 0.2, "variational_dropout": 0.2,
-        "zoneout": 0.2, "bias": "single", "learn_initial_state": True,
-    },
-}  # fmt: skip
-
-
-def learned(module, batch):
-    if not module.learn_initial_state:
-        return None
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.startswith("initial_"):
-                parameter.uniform_(-1, 1)
-        return [state.detach() for state in module._learned(batch)]
 
 
 @quiet

@@ -181,6 +181,26 @@ def test_compile_without_a_graph_break(option):
         )
 
 
+def test_compiled_layers_may_have_other_probabilities():
+    torch.compiler.reset()
+    stack = torch.nn.ModuleList(
+        rnn_ext.GRU(4, 4, weight_dropout=p, variational_dropout=p / 2) for p in (0.5, 0.2)
+    )
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(layer, x):
+        return layer(x)[0]
+
+    for layer in stack:
+        x = torch.randn(4, 3, 4)
+        for _ in range(2):
+            torch.manual_seed(3)
+            found = run(layer, x)
+            torch.manual_seed(3)
+            torch.testing.assert_close(found, layer(x)[0])
+            layer.variational_dropout += 0.125  # and change them afterwards
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @each_option

@@ -358,8 +358,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("both_backward", &backward_both);
   m.def("random_mask", [](int64_t seed, int64_t stream, const Tensor& steps, const Tensor& rows,
                           int64_t columns, int64_t threshold, double kept, const Tensor& like) {
-    return without_gil(
-        [&] { return random_mask(seed, stream, steps, rows, columns, threshold, kept, like); });
+    return without_gil([&] {
+      return random_mask(seed, stream, steps, rows, columns, threshold, kept, like.scalar_type());
+    });
   });
   m.def("gates_width", [](const std::string& cell, long hidden, size_t real_bytes) {
     return active_kernels().gates_width(cell_kind(cell), hidden, real_bytes);

@@ -12,6 +12,7 @@
 #include "call.h"
 #include "cuda_layer.h"
 #include "quantized.h"
+#include "random.h"
 
 // The emulated build of the tests lies in the same process as this one.
 #ifdef RNN_EXT_EMULATED
@@ -174,6 +175,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packing(const Tensor& lengths, int64_
   return {rows, batch_sizes, order, restore};
 }
 
+Tensor mask(const Tensor& seed, int64_t stream, const Tensor& steps, const Tensor& rows,
+            int64_t columns, int64_t threshold, double kept, at::ScalarType dtype) {
+  return random_mask(seed.item<int64_t>(), stream, steps, rows, columns, threshold, kept, dtype);
+}
+
 }  // namespace
 
 RNN_EXT_LIBRARY(RNN_EXT_OPERATORS, m) {
@@ -194,6 +200,9 @@ RNN_EXT_LIBRARY(RNN_EXT_OPERATORS, m) {
   m.def(
       "packing(Tensor lengths, SymInt steps) "
       "-> (Tensor rows, Tensor batch_sizes, Tensor order, Tensor restore)");
+  m.def(
+      "random_mask(Tensor seed, int stream, Tensor steps, Tensor rows, SymInt columns, "
+      "int threshold, float kept, ScalarType dtype) -> Tensor");
 }
 
 RNN_EXT_LIBRARY_IMPL(RNN_EXT_OPERATORS, CPU, m) {
@@ -202,6 +211,7 @@ RNN_EXT_LIBRARY_IMPL(RNN_EXT_OPERATORS, CPU, m) {
   m.impl("layer_backward", &layer_backward_kept);
   m.impl("quantized_layer", &quantized);
   m.impl("packing", &packing);
+  m.impl("random_mask", &mask);
 }
 
 RNN_EXT_LIBRARY_IMPL(RNN_EXT_OPERATORS, CUDA, m) {
@@ -212,7 +222,8 @@ RNN_EXT_LIBRARY_IMPL(RNN_EXT_OPERATORS, CUDA, m) {
 
 // rnn_ext/library.py makes `layer` differentiable; these say that they are not.
 RNN_EXT_LIBRARY_IMPL(RNN_EXT_OPERATORS, Autograd, m) {
-  for (const char* name : {"layer_forward", "layer_backward", "quantized_layer", "packing"})
+  for (const char* name :
+       {"layer_forward", "layer_backward", "quantized_layer", "packing", "random_mask"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 

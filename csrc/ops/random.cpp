@@ -60,12 +60,12 @@ void fill_row(Value* out, int64_t columns, uint64_t seed, uint32_t stream, uint3
 
 at::Tensor random_mask(int64_t seed, int64_t stream, const at::Tensor& steps,
                        const at::Tensor& rows, int64_t columns, int64_t threshold, double kept,
-                       const at::Tensor& like) {
-  TORCH_CHECK(steps.is_cpu() && rows.is_cpu() && like.is_cpu(), "random_mask: fills on the CPU");
+                       at::ScalarType dtype) {
+  TORCH_CHECK(steps.is_cpu() && rows.is_cpu(), "random_mask: fills on the CPU");
   TORCH_CHECK(steps.dim() == 1 && rows.sizes() == steps.sizes(),
               "random_mask: steps and rows must be 1-D and equally long");
   const int64_t count = steps.size(0);
-  const at::Tensor result = at::empty({count, columns}, like.options().requires_grad(false));
+  const at::Tensor result = at::empty({count, columns}, dtype);
   const at::Tensor step = steps.to(at::kLong).contiguous(), row = rows.to(at::kLong).contiguous();
   const int64_t *s = step.const_data_ptr<int64_t>(), *r = row.const_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES_AND2(

@@ -27,7 +27,7 @@ class Chunked:
         h = layer.weights()[1].new_zeros(batch, layer.hidden_size)
         self.h, self.c = h.detach(), h.detach().clone() if self.states == 2 else None
         self.start = self.h, self.c
-        width = sum(weight.numel() for weight in layer.parameters())
+        width = sum(weight.numel() for weight in layer.weights() if weight is not None)
         self.influence = self.h.new_zeros(batch, self.states * layer.hidden_size, width)
         self.x = self.h.new_zeros(size, batch, layer.input_size)
         self.d_h = self.h.new_zeros(size, batch, layer.hidden_size)
