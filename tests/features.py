@@ -93,6 +93,7 @@ FEATURES = {
         row("sigmoid RNN", "test_extras.py::test_other_cells_follow_the_reference", probes.sigmoid, "no [d]"),
         row("the original GRU, reset before the product", "test_extras.py::test_other_cells_follow_the_reference", probes.original_gru, "no [d]"),
         row("LSTM with projection", "test_layer.py::test_gradcheck test_extras.py::test_every_cell_state", probes.projection),
+        row("output feedback (`JordanRNN`): teacher forcing, free running, scheduled sampling", "test_jordan.py::test_outputs_and_gradients_follow_the_reference test_jordan.py::test_what_has_a_kernel_is_not_composed", "no: a Python loop", NOT_MEASURED),
         row("every cell state, with gradients", "test_extras.py::test_every_cell_state test_extras.py::test_gradients_through_the_cell_states", probes.all_cell_states, SAME),
         row("orthogonal or identity recurrent weights", "test_extras.py::test_recurrent_init", probes.recurrent_init, SAME),
         row("forget gate bias", "test_extras.py::test_forget_bias_in_every_layer_and_direction", probes.forget_bias, SAME),

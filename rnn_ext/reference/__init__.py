@@ -33,6 +33,7 @@ from .cells import (
     lstm_step_backward,
     sigmoid,
 )
+from .jordan import JordanGradients, JordanResult, JordanWeights, jordan, jordan_backward
 from .rtrl import OnlineResult, rtrl, touched
 from .sequence import CELLS, Cell, Gradients, Result, backward, forward, hidden_gradients
 
@@ -42,6 +43,9 @@ __all__ = [
     "ElmanStep",
     "GRUStep",
     "Gradients",
+    "JordanGradients",
+    "JordanResult",
+    "JordanWeights",
     "LSTMStep",
     "OnlineResult",
     "Result",
@@ -56,6 +60,8 @@ __all__ = [
     "gru_step",
     "gru_step_backward",
     "hidden_gradients",
+    "jordan",
+    "jordan_backward",
     "lstm_step",
     "lstm_step_backward",
     "random",
