@@ -67,6 +67,16 @@ class JordanRNN(torch.nn.Module):
     Proc. 8th Conf. of the Cognitive Science Society, 1986.
     """
 
+    input_size: int
+    hidden_size: int
+    output_size: int
+    nonlinearity: str
+    output_nonlinearity: str
+    bias: bool
+    batch_first: bool
+    weight_ih: Parameter
+    weight_oh: Parameter
+    weight_ho: Parameter
     bias_h: Parameter | None
     bias_o: Parameter | None
 
