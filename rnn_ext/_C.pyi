@@ -151,20 +151,21 @@ def rtrl_step(
     cell: str,
     weights: Sequence[_Optional],
     x: Tensor,
+    reset: _Optional,
     h: Tensor,
     c: _Optional,
     influence: Tensor,
     diagonal: bool,
     /,
-) -> tuple[Tensor, _Optional, bool]: ...
-def rtrl_gradient(
+) -> tuple[int, _Optional]: ...
+def rtrl_accumulate(
     cell: str,
     weights: Sequence[_Optional],
     d_h: Tensor,
     influence: Tensor,
     diagonal: bool,
     /,
-) -> tuple[tuple[Tensor, Tensor, _Optional, _Optional], bool]: ...
+) -> int: ...
 def random_mask(
     seed: int,
     stream: int,

@@ -1,7 +1,10 @@
 """Real-time recurrent learning: the gradients of BPTT, SnAp-1 by its definition, and a good API."""
 
 import copy
+import gc
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from rnn_ext.online import RTRL
 
 CELLS = [cell for cell in KINDS if cell != "lstm_projected"]
 DIAGONAL = [cell for cell in CELLS if cell != "gru_reset_before"]
+PROCESS = Path("/proc/self/statm")
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_mode = pytest.mark.parametrize("mode", ["exact", "chunked", "snap1"])
 
@@ -284,6 +288,24 @@ def test_memory_does_not_grow_with_the_stream(cell, mode):
         tensors = [value for value in state if isinstance(value, torch.Tensor)]
         sizes.append((rtrl.memory(), sum(t.numel() for t in tensors)))
     assert sizes[0][0] > 0 and sizes[0] == sizes[1]
+
+
+@each_mode
+def test_a_hundred_thousand_steps_take_the_memory_of_a_thousand(mode):
+    """Of the process: a tensor kept at each step would be tens of megabytes."""
+    if not PROCESS.exists():
+        pytest.skip("the system does not say how much memory a process has")
+    rtrl = RTRL(make("gru", 1, 2), mode, chunk=100 if mode == "chunked" else None)
+    x, d_h = random(1, 1), random(1, 2)
+    resident = []
+    for steps in (1000, 99000):
+        for _ in range(steps):
+            rtrl.step(x)
+        rtrl.accumulate(d_h)
+        gc.collect()
+        resident.append(int(PROCESS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert rtrl.steps == 100_000
+    assert resident[1] - resident[0] < 4e6
 
 
 @each_mode

@@ -7,11 +7,34 @@
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
+template <class real>
+RNN_EXT_INLINE real dot(const real* a, const real* b, long n) {
+  constexpr int lanes = kLanes<real>;
+  Vec<real> even{}, odd{};
+  long k = 0;
+  for (; k + 2 * lanes <= n; k += 2 * lanes) {
+    even += load(a + k) * load(b + k);
+    odd += load(a + k + lanes) * load(b + k + lanes);
+  }
+  if (k + lanes <= n) {
+    even += load(a + k) * load(b + k);
+    k += lanes;
+  }
+  even += odd;
+  real sum = 0;
+  for (int l = 0; l < lanes; l++) sum += even[l];
+  for (; k < n; k++) sum += a[k] * b[k];
+  return sum;
+}
+
 template <class real, class Cell>
 class RtrlStep {
  public:
   explicit RtrlStep(const RtrlArgs<real>& args)
-      : a_(args), hidden_(args.hidden), panels_(influence_panels<real>(args.columns)) {}
+      : a_(args),
+        hidden_(args.hidden),
+        panels_(influence_panels<real>(args.columns)),
+        made_here_(!args.input_gates) {}
 
   bool run() {
     Arena sizes;
@@ -21,6 +44,11 @@ class RtrlStep {
     lay_out(arena);
     finite_ = true;
     run_team(a_.threads, [this](const Member& m) {
+      if (made_here_) {
+        for (long row = m.begin(rows()); row < m.end(rows()); row++) net_inputs(row);
+        for (long b = m.begin(a_.batch); b < m.end(a_.batch); b++) operand(b);
+        m.wait();
+      }
       for (long b = m.begin(a_.batch); b < m.end(a_.batch); b++) linearize(b);
       m.wait();
       if (!__atomic_load_n(&finite_, __ATOMIC_RELAXED)) return;
@@ -45,11 +73,41 @@ class RtrlStep {
   static_assert(width % strip == 0);
 
   void lay_out(Arena& arena) {
+    if (made_here_) {
+      a_.input_gates = input_gates_ = arena.take<real>(a_.batch * rows());
+      a_.hidden_gates = hidden_gates_ = arena.take<real>(a_.batch * rows());
+      a_.operands = operands_ = arena.take<real>(a_.batch * a_.operand_width);
+    }
     slopes_ = arena.take<real>(a_.batch * Slopes<real>::count * hidden_);
     if (a_.diagonal) return;
     jacobian_ = arena.take<real>(a_.batch * Cell::states * hidden_ * hidden_);
     before_ = arena.take<real>(a_.threads * hidden_ * width);
     sums_ = arena.take<real>(a_.threads * kTileRows<vectors> * strip);
+  }
+
+  long rows() const { return Cell::gates * hidden_; }
+
+  // One row of W x + b and of U h' + b', for every sample.
+  RNN_EXT_NOINLINE void net_inputs(long row) {
+    for (long b = 0; b < a_.batch; b++) {
+      const long at = b * rows() + row;
+      input_gates_[at] = dot(a_.w_ih + row * a_.input, a_.x + b * a_.input, a_.input);
+      hidden_gates_[at] = dot(a_.w_hh + row * hidden_, a_.h_prev + b * hidden_, hidden_);
+      if (a_.b_ih) {
+        input_gates_[at] += a_.b_ih[row];
+        hidden_gates_[at] += a_.b_hh[row];
+      }
+    }
+  }
+
+  // [x, 1, h'], and 1 again for the GRU; 1 where there is a bias.
+  void operand(long b) {
+    real* to = operands_ + b * a_.operand_width;
+    const long before_h = a_.input + (a_.b_ih ? 1 : 0);
+    scaled_row(to, real(1), a_.x + b * a_.input, a_.input, false);
+    if (a_.b_ih) to[a_.input] = 1;
+    scaled_row(to + before_h, real(1), a_.h_prev + b * hidden_, hidden_, false);
+    if (before_h + hidden_ < a_.operand_width) to[before_h + hidden_] = 1;
   }
 
   Slopes<real> slopes(long b) const {
@@ -193,8 +251,10 @@ class RtrlStep {
     }
   }
 
-  const RtrlArgs<real>& a_;
+  RtrlArgs<real> a_;
   const long hidden_, panels_;
+  const bool made_here_;
+  real *input_gates_ = nullptr, *hidden_gates_ = nullptr, *operands_ = nullptr;
   real *slopes_, *jacobian_, *before_, *sums_;
   bool finite_;
 };

@@ -30,6 +30,9 @@ struct RtrlArgs {
   long batch, hidden, columns;  // columns: P, of all nets
   int nets;
   Net net[kMaxNets];
+  const real *x, *w_ih, *b_ih, *b_hh;  // [B, I], [G*H, I], biases [G*H] or null
+  long input;
+  // Made here from the above, and null then, but for the reset-before GRU.
   const real* input_gates;   // [B, G*H]: W x + b
   const real* hidden_gates;  // [B, G*H]: U h' + b'; n of the reset-before GRU: U_n (r h') + b'
   const real* operands;      // [B, operand_width]

@@ -253,17 +253,18 @@ Tensor influence_of(const std::string& cell, const std::array<OptionalTensor, 4>
 }
 
 auto step_online(const std::string& cell, const std::array<OptionalTensor, 4>& weights,
-                 const Tensor& x, const Tensor& h, const OptionalTensor& c, const Tensor& influence,
-                 bool diagonal) {
+                 const Tensor& x, const OptionalTensor& reset, const Tensor& h,
+                 const OptionalTensor& c, const Tensor& influence, bool diagonal) {
   const RtrlLayer layer = online_layer(cell, weights);
-  return without_gil([&] { return rtrl_step(layer, x, h, c, influence, diagonal); });
+  const auto [status, h_new] =
+      without_gil([&] { return rtrl_step(layer, x, reset, h, c, influence, diagonal); });
+  return std::make_tuple(int(status), h_new);
 }
 
-py::tuple gradient_online(const std::string& cell, const std::array<OptionalTensor, 4>& weights,
-                          const Tensor& d_h, const Tensor& influence, bool diagonal) {
+int accumulate_online(const std::string& cell, const std::array<OptionalTensor, 4>& weights,
+                      const Tensor& d_h, const Tensor& influence, bool diagonal) {
   const RtrlLayer layer = online_layer(cell, weights);
-  const auto g = without_gil([&] { return rtrl_gradient(layer, d_h, influence, diagonal); });
-  return py::make_tuple(py::make_tuple(g.w_ih, g.w_hh, g.b_ih, g.b_hh), g.finite);
+  return int(without_gil([&] { return rtrl_accumulate(layer, d_h, influence, diagonal); }));
 }
 
 py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps, long batch,
@@ -353,7 +354,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantized_stack", &quantized_layers);
   m.def("rtrl_influence", &influence_of);
   m.def("rtrl_step", &step_online);
-  m.def("rtrl_gradient", &gradient_online);
+  m.def("rtrl_accumulate", &accumulate_online);
   m.def("both_forward", &forward_both);
   m.def("both_backward", &backward_both);
   m.def("random_mask", [](int64_t seed, int64_t stream, const Tensor& steps, const Tensor& rows,

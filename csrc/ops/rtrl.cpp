@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "../cpu/dispatch.h"
 #include "../cpu/rtrl_problem.h"
@@ -109,26 +110,13 @@ Tensor times(const Tensor& a, const Tensor& weight, const OptionalTensor& bias) 
   return bias ? at::addmm(*bias, a, weight.t()) : at::mm(a, weight.t());
 }
 
-// What the net inputs are made of.
+// What the reset-before GRU's net inputs are made of.
 struct Terms {
-  Tensor input_gates, hidden_gates, operands;
-  Tensor reset_jacobian;  // of the reset-before GRU
+  Tensor input_gates, hidden_gates, operands, reset_jacobian;
 };
 
-Terms terms_of(const Layout& layout, const RtrlLayer& layer, const Tensor& x, const Tensor& h,
-               bool diagonal) {
-  const Tensor input_gates = times(x, layer.w_ih, layer.b_ih);
-  std::vector<Tensor> operands{x};
-  const auto add = [&](const Tensor& t) {
-    if (layout.bias) operands.push_back(at::ones({x.size(0), 1}, x.options()));
-    operands.push_back(t);
-  };
-  add(h);
-  if (layout.kind != CellKind::kGruResetBefore) {
-    if (layout.kind == CellKind::kGru && layout.bias)
-      operands.push_back(at::ones({x.size(0), 1}, x.options()));
-    return {input_gates, times(h, layer.w_hh, layer.b_hh), at::cat(operands, 1), {}};
-  }
+Terms reset_before_terms(const Layout& layout, const RtrlLayer& layer, const Tensor& x,
+                         const Tensor& h) {
   const long n = layout.hidden;
   const auto rows = [&](const Tensor& t, int first, int count) {
     return t.narrow(0, first * n, count * n);
@@ -136,20 +124,21 @@ Terms terms_of(const Layout& layout, const RtrlLayer& layer, const Tensor& x, co
   const auto bias = [&](int first, int count) {
     return layout.bias ? OptionalTensor(rows(*layer.b_hh, first, count)) : OptionalTensor();
   };
+  const Tensor input_gates = times(x, layer.w_ih, layer.b_ih);
   const Tensor rz = times(h, rows(layer.w_hh, 0, 2), bias(0, 2));
   const Tensor r = at::sigmoid(at::add(input_gates.narrow(1, 0, n), rz.narrow(1, 0, n)));
   const Tensor reset = at::mul(r, h);
   const Tensor u_n = rows(layer.w_hh, 2, 1);
   const Tensor hidden_gates = at::cat({rz, times(reset, u_n, bias(2, 1))}, 1);
-  operands.push_back(x);
-  add(reset);
-  Tensor jacobian;
-  if (!diagonal) {
-    const Tensor slope = at::sigmoid_backward(h, r).unsqueeze(2);  // h' r (1 - r)
-    const Tensor d_reset = at::mul(slope, rows(layer.w_hh, 0, 1)).add_(at::diag_embed(r));
-    jacobian = at::matmul(u_n, d_reset).contiguous();
+  std::vector<Tensor> operands;
+  for (const Tensor& last : {h, reset}) {
+    operands.push_back(x);
+    if (layout.bias) operands.push_back(at::ones({x.size(0), 1}, x.options()));
+    operands.push_back(last);
   }
-  return {input_gates, hidden_gates, at::cat(operands, 1), jacobian};
+  const Tensor slope = at::sigmoid_backward(h, r).unsqueeze(2);  // h' r (1 - r)
+  const Tensor d_reset = at::mul(slope, rows(layer.w_hh, 0, 1)).add_(at::diag_embed(r));
+  return {input_gates, hidden_gates, at::cat(operands, 1), at::matmul(u_n, d_reset).contiguous()};
 }
 
 RtrlLayer contiguous(const RtrlLayer& layer) {
@@ -168,15 +157,48 @@ bool finite(const real* values, long count) {
   return all;
 }
 
+// Where the gradient of a weight is added, or written if the weight has none to add to.
+template <class real>
+struct Target {
+  Tensor weight, found;
+  real* data = nullptr;
+  bool add = false;
+
+  explicit Target(const OptionalTensor& given) {
+    if (!given || !given->requires_grad()) return;
+    weight = *given;
+    const Tensor& grad = weight.mutable_grad();
+    add = grad.defined() && grad.is_cpu() && grad.layout() == at::kStrided &&
+          grad.is_contiguous() && grad.sizes() == weight.sizes() &&
+          grad.scalar_type() == weight.scalar_type() && !grad.requires_grad();
+    found = add ? grad : at::empty_like(weight, at::MemoryFormat::Contiguous);
+    data = found.mutable_data_ptr<real>();
+  }
+
+  void put(long at, const real* values, long count) const {
+    if (!data) return;
+    real* to = data + at;
+    if (!add) std::copy(values, values + count, to);
+    if (add)
+      for (long i = 0; i < count; i++) to[i] += values[i];
+  }
+
+  void finish() const {
+    if (!data) return;
+    if (add) return found.unsafeGetTensorImpl()->bump_version();
+    Tensor& grad = weight.mutable_grad();
+    if (grad.defined())
+      grad.add_(found);
+    else
+      grad = found;
+  }
+};
+
 // Takes the columns apart; h' is the last of an operand that has x, the first of one that has not.
 template <class real>
-bool split(const Layout& layout, const real* columns, RtrlGradients& out, real) {
+void split(const Layout& layout, const RtrlLayer& layer, const real* columns) {
   const long inputs = layout.input, hidden = layout.hidden;
-  const auto data = [](const OptionalTensor& t) -> real* {
-    return t ? t->mutable_data_ptr<real>() : nullptr;
-  };
-  real *w_ih = data(out.w_ih), *w_hh = data(out.w_hh), *b_ih = data(out.b_ih),
-       *b_hh = data(out.b_hh);
+  const Target<real> w_ih(layer.w_ih), w_hh(layer.w_hh), b_ih(layer.b_ih), b_hh(layer.b_hh);
   for (int k = 0; k < layout.nets; k++) {
     const Net& net = layout.net[k];
     const auto [ih, hh] = layout.rows[k];
@@ -185,16 +207,29 @@ bool split(const Layout& layout, const real* columns, RtrlGradients& out, real) 
       const real* h = ih == kNone ? row : row + net.length - hidden;
       const real* bias = ih == kNone ? row + hidden : row + inputs;
       if (ih != kNone) {
-        std::copy(row, row + inputs, w_ih + (ih * hidden + unit) * inputs);
-        if (b_ih) b_ih[ih * hidden + unit] = *bias;
+        w_ih.put((ih * hidden + unit) * inputs, row, inputs);
+        b_ih.put(ih * hidden + unit, bias, 1);
       }
       if (hh != kNone) {
-        std::copy(h, h + hidden, w_hh + (hh * hidden + unit) * hidden);
-        if (b_hh) b_hh[hh * hidden + unit] = *bias;
+        w_hh.put((hh * hidden + unit) * hidden, h, hidden);
+        b_hh.put(hh * hidden + unit, bias, 1);
       }
     }
   }
-  return true;
+  for (const auto* target : {&w_ih, &w_hh, &b_ih, &b_hh}) target->finish();
+}
+
+// A plain tensor of this shape that is of use beside `like`.
+bool suits(const Tensor& t, const Tensor& like, at::IntArrayRef shape) {
+  return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == like.scalar_type() &&
+         t.sizes() == shape;
+}
+
+void zero_rows(const bool* rows, const Tensor& t) {
+  const size_t each = t.nbytes() / t.size(0);
+  char* data = static_cast<char*>(t.mutable_data_ptr());
+  for (long b = 0; b < t.size(0); b++)
+    if (rows[b]) std::memset(data + b * each, 0, each);
 }
 
 }  // namespace
@@ -207,92 +242,104 @@ Tensor rtrl_influence(const RtrlLayer& layer, long batch, bool diagonal) {
   return influence.zero_();
 }
 
-std::tuple<Tensor, OptionalTensor, bool> rtrl_step(const RtrlLayer& given, const Tensor& x,
-                                                   const Tensor& h, const OptionalTensor& c,
-                                                   const Tensor& influence, bool diagonal) {
+std::tuple<RtrlStatus, OptionalTensor> rtrl_step(const RtrlLayer& given, const Tensor& given_x,
+                                                 const OptionalTensor& reset, const Tensor& h,
+                                                 const OptionalTensor& c, const Tensor& influence,
+                                                 bool diagonal) {
   at::NoGradGuard no_grad;
   const RtrlLayer layer = contiguous(given);
   const Layout layout(layer);
-  const long batch = x.size(0), hidden = layout.hidden;
+  const bool before = layout.kind == CellKind::kGruResetBefore;
+  const long batch = h.size(0), hidden = layout.hidden;
   const at::ScalarType dtype = layer.w_hh.scalar_type();
   check("weight_hh", layer.w_hh, layer.w_hh, {layout.gates * hidden, hidden});
-  check("x", x, layer.w_hh, {batch, layout.input});
+  check("weight_ih", layer.w_ih, layer.w_hh, {layout.gates * hidden, layout.input});
+  for (const OptionalTensor& bias : {layer.b_ih, layer.b_hh})
+    if (bias) check("bias", *bias, layer.w_hh, {layout.gates * hidden});
   check("h", h, layer.w_hh, {batch, hidden});
   TORCH_CHECK(c.has_value() == (layout.states == 2), "RTRL: c belongs to the LSTM alone");
+  if (c) check("c", *c, layer.w_hh, {batch, hidden});
   check("influence", influence, layer.w_hh, influence_shape(layout, batch, diagonal, dtype));
-  TORCH_CHECK(influence.is_contiguous(), "RTRL: the influence must be contiguous");
-  TORCH_CHECK(!diagonal || layout.kind != CellKind::kGruResetBefore,
+  TORCH_CHECK(influence.is_contiguous() && h.is_contiguous() && (!c || c->is_contiguous()),
+              "RTRL: the influence and the state must be contiguous");
+  TORCH_CHECK(!diagonal || !before,
               "RTRL: SnAp-1 does not exist for the GRU with the reset before the product");
+  if (!suits(given_x, layer.w_hh, {batch, layout.input})) return {RtrlStatus::kUnsuitable, {}};
+  if (reset && !(reset->is_cpu() && reset->scalar_type() == at::kBool &&
+                 reset->sizes() == at::IntArrayRef{batch}))
+    return {RtrlStatus::kUnsuitable, {}};
+  const Tensor x = given_x.resolve_neg().contiguous();
 
-  const Terms terms = terms_of(layout, layer, x, h.contiguous(), diagonal);
-  const Tensor h_prev = h.contiguous(), h_new = at::empty({batch, hidden}, h.options());
-  OptionalTensor c_prev, c_new;
-  if (c) {
-    check("c", *c, layer.w_hh, {batch, hidden});
-    c_prev = c->contiguous();
-    c_new = at::empty({batch, hidden}, h.options());
-  }
-  const bool finite = with_kernels(dtype, [&](const auto& kernels, auto zero) {
+  const Tensor h_new = at::empty_like(h), c_new = c ? at::empty_like(*c) : Tensor();
+  const RtrlStatus status = with_kernels(dtype, [&](const auto& kernels, auto zero) {
     using real = decltype(zero);
+    if (!finite(x.const_data_ptr<real>(), x.numel())) return RtrlStatus::kInputNotFinite;
+    if (reset && batch) {
+      const Tensor rows = reset->contiguous();
+      const bool* which = rows.const_data_ptr<bool>();
+      zero_rows(which, h);
+      if (c) zero_rows(which, *c);
+      zero_rows(which, influence);
+    }
+    const auto read = [](const OptionalTensor& t) {
+      return t && t->defined() ? t->const_data_ptr<real>() : nullptr;
+    };
+    const Terms terms = before ? reset_before_terms(layout, layer, x, h) : Terms{};
     RtrlArgs<real> args;
     describe(layout, batch, diagonal, args);
-    args.input_gates = terms.input_gates.const_data_ptr<real>();
-    args.hidden_gates = terms.hidden_gates.const_data_ptr<real>();
-    args.operands = terms.operands.const_data_ptr<real>();
-    args.operand_width = terms.operands.size(1);
-    args.w_hh = layer.w_hh.const_data_ptr<real>();
-    args.reset_jacobian =
-        terms.reset_jacobian.defined() ? terms.reset_jacobian.const_data_ptr<real>() : nullptr;
-    args.h_prev = h_prev.const_data_ptr<real>();
-    args.c_prev = c ? c_prev->const_data_ptr<real>() : nullptr;
+    args.x = read(x);
+    args.w_ih = read(layer.w_ih);
+    args.b_ih = read(layer.b_ih);
+    args.b_hh = read(layer.b_hh);
+    args.input = layout.input;
+    args.input_gates = read(terms.input_gates);
+    args.hidden_gates = read(terms.hidden_gates);
+    args.operands = read(terms.operands);
+    args.operand_width = before ? terms.operands.size(1)
+                                : layout.input + hidden + layout.bias +
+                                      (layout.kind == CellKind::kGru && layout.bias);
+    args.w_hh = read(layer.w_hh);
+    args.reset_jacobian = read(terms.reset_jacobian);
+    args.h_prev = read(h);
+    args.c_prev = read(c);
     args.h = h_new.mutable_data_ptr<real>();
-    args.c = c ? c_new->mutable_data_ptr<real>() : nullptr;
+    args.c = c ? c_new.mutable_data_ptr<real>() : nullptr;
     args.influence = influence.mutable_data_ptr<real>();
     const double per_column = diagonal ? 4. : 2. * layout.states * hidden * hidden;
     args.threads = threads_for(per_column * layout.columns * batch);
-    return kernels.step(layout.kind, args);
+    return kernels.step(layout.kind, args) ? RtrlStatus::kDone : RtrlStatus::kNotFinite;
   });
-  return {h_new, c_new, finite};
+  if (status != RtrlStatus::kDone) return {status, {}};
+  std::memcpy(h.mutable_data_ptr(), h_new.const_data_ptr(), h.nbytes());
+  if (c) std::memcpy(c->mutable_data_ptr(), c_new.const_data_ptr(), c->nbytes());
+  return {status, h_new};
 }
 
-RtrlGradients rtrl_gradient(const RtrlLayer& layer, const Tensor& d_h, const Tensor& influence,
-                            bool diagonal) {
+RtrlStatus rtrl_accumulate(const RtrlLayer& layer, const Tensor& d_h, const Tensor& influence,
+                           bool diagonal) {
   at::NoGradGuard no_grad;
   const Layout layout(layer);
   const long batch = influence.size(0), hidden = layout.hidden;
   const at::ScalarType dtype = layer.w_hh.scalar_type();
-  check("dL_dh", d_h, layer.w_hh, {batch, hidden});
   check("influence", influence, layer.w_hh, influence_shape(layout, batch, diagonal, dtype));
-  const Tensor d = d_h.contiguous();
-  const long room = diagonal ? layout.columns : influence.size(1) * influence.size(4);
-  const Tensor all = at::empty({room}, d.options());
-  with_kernels(dtype, [&](const auto& kernels, auto zero) {
+  if (!suits(d_h, layer.w_hh, {batch, hidden})) return RtrlStatus::kUnsuitable;
+  const Tensor d = d_h.resolve_neg().contiguous();
+  return with_kernels(dtype, [&](const auto& kernels, auto zero) {
     using real = decltype(zero);
+    const long room = diagonal ? layout.columns : influence.size(1) * influence.size(4);
+    Scratch columns(room * sizeof(real));
     RtrlGradientArgs<real> args;
     describe(layout, batch, diagonal, args);
     args.states = layout.states;
     args.d_h = d.const_data_ptr<real>();
     args.influence = influence.const_data_ptr<real>();
-    args.gradient = all.mutable_data_ptr<real>();
+    args.gradient = reinterpret_cast<real*>(columns.data());
     args.threads = threads_for(2. * layout.columns * batch * (diagonal ? 1 : hidden));
     kernels.gradient(args);
-    return true;
+    if (!finite<real>(args.gradient, layout.columns)) return RtrlStatus::kNotFinite;
+    split<real>(layout, layer, args.gradient);
+    return RtrlStatus::kDone;
   });
-
-  RtrlGradients out;
-  out.w_ih = at::empty_like(layer.w_ih, at::MemoryFormat::Contiguous);
-  out.w_hh = at::empty_like(layer.w_hh, at::MemoryFormat::Contiguous);
-  if (layout.bias) {
-    out.b_ih = at::empty_like(*layer.b_ih);
-    out.b_hh = at::empty_like(*layer.b_hh);
-  }
-  with_kernels(dtype, [&](const auto&, auto zero) {
-    using real = decltype(zero);
-    const real* all_data = all.const_data_ptr<real>();
-    out.finite = finite(all_data, layout.columns);
-    return split(layout, all_data, out, zero);
-  });
-  return out;
 }
 
 }  // namespace rnn_ext

@@ -17,20 +17,20 @@ struct RtrlLayer {
 // sequences; csrc/cpu/rtrl_problem.h says what is where.
 at::Tensor rtrl_influence(const RtrlLayer& layer, long batch, bool diagonal);
 
-// (h, c, whether they are finite); where they are, the influence has gone a step too.
-// x [B, I], h and c [B, H].
-std::tuple<at::Tensor, OptionalTensor, bool> rtrl_step(const RtrlLayer& layer, const at::Tensor& x,
-                                                       const at::Tensor& h, const OptionalTensor& c,
-                                                       const at::Tensor& influence, bool diagonal);
+enum class RtrlStatus { kDone, kUnsuitable, kInputNotFinite, kNotFinite };
 
-struct RtrlGradients {
-  at::Tensor w_ih, w_hh;
-  OptionalTensor b_ih, b_hh;
-  bool finite = true;
-};
+// A step of every stream: h and c [B, H] and the influence go on, in place, from zero where `reset`
+// (bool [B]) is true. x [B, I]. Returns kDone and a copy of h. Nothing has changed where x is
+// kUnsuitable, as `reset` may be, or kInputNotFinite, and nothing but what was reset where the new
+// state is kNotFinite.
+std::tuple<RtrlStatus, OptionalTensor> rtrl_step(const RtrlLayer& layer, const at::Tensor& x,
+                                                 const OptionalTensor& reset, const at::Tensor& h,
+                                                 const OptionalTensor& c,
+                                                 const at::Tensor& influence, bool diagonal);
 
-// d_h [B, H] times the influence, summed over the batch.
-RtrlGradients rtrl_gradient(const RtrlLayer& layer, const at::Tensor& d_h,
-                            const at::Tensor& influence, bool diagonal);
+// Adds d_h [B, H] times the influence, summed over the batch, to the gradients of those weights that
+// want one; not where d_h is kUnsuitable or the product is kNotFinite.
+RtrlStatus rtrl_accumulate(const RtrlLayer& layer, const at::Tensor& d_h,
+                           const at::Tensor& influence, bool diagonal);
 
 }  // namespace rnn_ext

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._layer import Gradients, Layer
+from ._layer import Gradients, Layer, Status
 
 __all__ = ["Chunked"]
 
@@ -53,7 +53,11 @@ class Chunked:
         full = self.length == self.size
         return full or (self.length > 0 and self._current_versions() != self.versions)
 
-    def step(self, x: Tensor, mask: Tensor | None) -> bool:
+    @torch.no_grad()
+    def step(self, x: Tensor, mask: Tensor | None) -> tuple[int, Tensor | None]:
+        """A step's `Status`, and h where it is DONE."""
+        if not _finite(x):
+            return Status.INPUT_NOT_FINITE, None
         if self.length == 0:
             self.start = self.h, self.c
             if self._current_versions() != self.versions:
@@ -63,19 +67,27 @@ class Chunked:
             self.layer.cell, x[None], h, c, *self.weights, None, None, False, None, False, "auto"
         )
         if not _finite(h) or (c is not None and not _finite(c)):
-            return False
+            return Status.NOT_FINITE, None
         self.h, self.c = h, c
         self.x[self.length] = x
         self.d_h[self.length] = 0.0
         self.resets[self.length] = False if mask is None else mask
         self.length += 1
-        return True
+        return Status.DONE, h.clone()
 
-    def accumulate(self, d_h: Tensor) -> Gradients | None:
+    @torch.no_grad()
+    def accumulate(self, d_h: Tensor) -> int:
+        """Notes it for the end of the chunk, or adds to the gradients; returns a `Status`."""
+        if not _finite(d_h):  # it would be used much later
+            return Status.NOT_FINITE
         if self.length:
             self.d_h[self.length - 1] += d_h
-            return None
-        return self._split(torch.einsum("bi,bip->p", d_h, self.influence[:, : d_h.size(1)]))
+            return Status.DONE
+        found = torch.einsum("bi,bip->p", d_h, self.influence[:, : d_h.size(1)])
+        gradients, finite = self._split(found)
+        if finite:
+            self.layer.add_gradients(gradients)
+        return Status.DONE if finite else Status.NOT_FINITE
 
     def flush(self) -> Gradients | None:
         """The gradient of the chunk's losses; the influence moves on to the state as it is."""

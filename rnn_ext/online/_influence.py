@@ -30,21 +30,17 @@ class Influence:
     def is_due(self) -> bool:
         return False
 
-    def step(self, x: Tensor, mask: Tensor | None) -> bool:
-        """False, and all as it was but for the reset, if the new state is not finite."""
-        if mask is not None:
-            self.reset(mask)
-        h, c, finite = _C.rtrl_step(
-            self.layer.cell, self.layer.weights(), x, self.h, self.c, self.influence, self.diagonal
+    def step(self, x: Tensor, mask: Tensor | None) -> tuple[int, Tensor | None]:
+        """A step's `Status`, and h where it is DONE; all in one call of C++."""
+        layer, c = self.layer, self.c
+        return _C.rtrl_step(
+            layer.cell, layer.weights(), x, mask, self.h, c, self.influence, self.diagonal
         )
-        if finite:
-            self.h, self.c = h, c
-        return finite
 
-    def accumulate(self, d_h: Tensor) -> Gradients | None:
-        return _C.rtrl_gradient(
-            self.layer.cell, self.layer.weights(), d_h, self.influence, self.diagonal
-        )
+    def accumulate(self, d_h: Tensor) -> int:
+        """Adds to the gradients of the parameters; returns a `Status`."""
+        layer = self.layer
+        return _C.rtrl_accumulate(layer.cell, layer.weights(), d_h, self.influence, self.diagonal)
 
     def flush(self) -> Gradients | None:
         return None

@@ -1,6 +1,7 @@
 """What online learning needs of a layer: its cell, and its parameters as they are now."""
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..layers import RecurrentLayers
 
-__all__ = ["Gradients", "Layer"]
+__all__ = ["Gradients", "Layer", "Status"]
 
 NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
@@ -23,6 +24,15 @@ _REFUSED = {
 
 # Of w_ih, w_hh, b_ih and b_hh, and whether they are finite.
 Gradients: TypeAlias = tuple[Sequence[Tensor | None], bool]
+
+
+class Status(IntEnum):
+    """How a step or an accumulation ended: `RtrlStatus` of csrc/ops/rtrl.h."""
+
+    DONE = 0
+    UNSUITABLE = 1
+    INPUT_NOT_FINITE = 2
+    NOT_FINITE = 3
 
 
 class Layer(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._chunked import Chunked
 from ._influence import Influence
-from ._layer import Layer
+from ._layer import Layer, Status
 
 __all__ = ["RTRL"]
 
@@ -94,7 +94,6 @@ class RTRL:
         """Steps since construction or ``reset()``."""
         return self._steps
 
-    @torch.no_grad()
     def step(self, x: Tensor, reset: Tensor | None = None) -> Tensor:
         """One step of every stream.
 
@@ -110,10 +109,29 @@ class RTRL:
             FloatingPointError: NaN or infinity in x or in the new state, with the step; step and
                 influence are then as before it.
         """
+        carried = self._carried
+        if type(carried) is not Influence:  # which looks at x itself
+            carried = self._prepared(x, reset)
+        try:
+            status, h = carried.step(x, reset)
+        except TypeError:
+            self._prepared(x, reset)
+            raise
+        if h is None:
+            self._prepared(x, reset)
+            if status == Status.INPUT_NOT_FINITE:
+                raise FloatingPointError(f"RTRL: x is not finite at step {self._steps}")
+            raise FloatingPointError(
+                f"RTRL: the state is not finite at step {self._steps}; look at the weights"
+            )
+        self._steps += 1
+        return h
+
+    def _prepared(self, x, reset):
+        """What is carried, ready for a step with these, which are checked."""
         self._check("x", x, self._layer.input_size)
-        mask = None if reset is None else self._checked_mask(reset, len(x))
-        if not _finite(x):
-            raise FloatingPointError(f"RTRL: x is not finite at step {self._steps}")
+        if reset is not None:
+            self._checked_mask(reset, len(x))
         if self._carried is None:
             self._carried = self._make(len(x))
         elif len(x) != len(self._carried.h):
@@ -121,16 +139,10 @@ class RTRL:
                 f"RTRL: there are {len(self._carried.h)} streams, but x has {len(x)} rows; call "
                 "reset() to begin with another number"
             )
-        if self._carried.is_due():
+        if self._carried.is_due() and _finite(x):
             self.flush()
-        if not self._carried.step(x, mask):
-            raise FloatingPointError(
-                f"RTRL: the state is not finite at step {self._steps}; look at the weights"
-            )
-        self._steps += 1
-        return self._carried.h.clone()
+        return self._carried
 
-    @torch.no_grad()
     def accumulate(self, dL_dh: Tensor) -> None:
         """Adds the gradient of a loss at the last step to ``.grad`` of the module's parameters.
 
@@ -144,18 +156,33 @@ class RTRL:
             RuntimeError: before the first step.
             FloatingPointError: dL_dh, or in effect dh_t/dtheta, is not finite.
         """
-        if self._carried is None:
+        carried = self._carried
+        if carried is None:
             raise RuntimeError("RTRL: there has been no step yet")
-        self._check("dL_dh", dL_dh, self._layer.hidden_size, len(self._carried.h))
-        if self.mode == "chunked" and not _finite(dL_dh):  # it is used much later
+        if type(carried) is not Influence:
+            self._check_gradient(dL_dh)
+        try:
+            status = carried.accumulate(dL_dh)
+        except TypeError:
+            self._check_gradient(dL_dh)
+            raise
+        if status != Status.DONE:
+            self._check_gradient(dL_dh)
             self._refuse(dL_dh)
-        self._add(self._carried.accumulate(dL_dh), dL_dh)
+
+    def _check_gradient(self, dL_dh):
+        self._check("dL_dh", dL_dh, self._layer.hidden_size, len(self._carried.h))
 
     @torch.no_grad()
     def flush(self) -> None:
         """Ends the chunk of "chunked", so that all gradients are in ``.grad``; else a no-op."""
         if self._carried is not None:
-            self._add(self._carried.flush())
+            found = self._carried.flush()
+            if found is not None:
+                gradients, finite = found
+                if not finite:
+                    self._refuse()
+                self._layer.add_gradients(gradients)
 
     @torch.no_grad()
     def reset(self, mask: Tensor | None = None) -> None:
@@ -216,15 +243,7 @@ class RTRL:
             return Chunked(self._layer, batch, self._chunk)
         return Influence(self._layer, batch, diagonal=self.mode == "snap1")
 
-    def _add(self, found, dL_dh=None):
-        if found is None:
-            return
-        gradients, finite = found
-        if not finite:
-            self._refuse(dL_dh)
-        self._layer.add_gradients(gradients)
-
-    def _refuse(self, dL_dh):
+    def _refuse(self, dL_dh=None):
         if dL_dh is not None and not _finite(dL_dh):
             raise FloatingPointError(f"RTRL: dL_dh is not finite at step {self._steps - 1}")
         raise FloatingPointError(
