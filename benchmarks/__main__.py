@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from . import cases, compare, limits, machine, measure, memory, peers, plots, report
+from . import cases, compare, limits, machine, measure, memory, online, peers, plots, report
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SECONDS, QUICK_SECONDS = 1.0, 0.3
@@ -45,7 +45,8 @@ def parse(arguments):
         help="only names with this text, this * pattern or this B,T,I,H",
     )
     add("--cells", nargs="+", choices=cases.CELLS, default=cases.CELLS)
-    add("--modes", nargs="+", choices=cases.MODES, default=cases.MODES)
+    modes = (*cases.MODES, *cases.ONLINE)
+    add("--modes", nargs="+", choices=modes, default=modes)
     add(
         "--dtype",
         nargs="+",
@@ -213,6 +214,10 @@ def run(args, record, measured):
                     bar.set_description_str(f"{case.group}/{case.name} {cell} {mode}")
                 if mode == "memory":
                     row = measure.memory_row(case, cell, threads, worker)
+                elif mode in cases.ONLINE:
+                    row = online.time_row(
+                        case, cell, mode, threads, args.seconds, measured.get(threads)
+                    )
                 else:
                     row = measure.time_row(
                         case, cell, mode, threads, args.peers, args.seconds, measured

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 CELLS = ("rnn", "gru", "lstm")
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 MODES = ("inference", "training", "memory")
+ONLINE = ("exact", "snap1", "chunked")  # modes of real-time recurrent learning
 ITEM_SIZE = {"float32": 4, "float64": 8, "bfloat16": 2}
 ALL = None  # as many threads as torch uses
 SHORTEST = 0.16  # of the longest sequence; lengths are even between the two, 58 % on average
@@ -85,6 +86,8 @@ def products(case, cell, mode):
     The input projection reads its weights once a call; the recurrent product, forward and backward,
     once a step, because the next step needs the result. The weights' gradients read no weights.
     """
+    if mode in ONLINE:
+        return [_influence(case, cell, mode)]
     tokens, item = case.tokens(), ITEM_SIZE[case.dtype]
     rows, training = GATES[cell] * case.hidden, mode != "inference"
     sizes = []
@@ -102,6 +105,22 @@ def products(case, cell, mode):
             found += [project, recur]  # gradients of the input and of the previous state
             found += [Product(p.flops, 0, 0, 0) for p in (project, recur)]  # and of the weights
     return found
+
+
+def _influence(case, cell, mode):
+    """The product of RTRL with the influence of P parameters on all units; SnAp-1 goes over the
+    influence on the own unit, which it has to read. The LSTM has two states."""
+    states, h = 2 if cell == "lstm" else 1, case.hidden
+    parameters = GATES[cell] * h * (case.inputs + h + 2)
+    samples = case.steps * case.batch
+    if mode == "snap1":
+        size = ITEM_SIZE[case.dtype] * states * parameters * case.batch
+        return Product(4.0 * samples * states * parameters, size, case.steps, size)
+    if mode == "exact":
+        return Product(2.0 * samples * states * h * h * parameters, 0, 0, 0)
+    # Once in H steps the product with dh_t/dh_{t-H}, and a backward pass for every unit.
+    passes = 4.0 * GATES[cell] * h * h + 2.0 * GATES[cell] * h * case.inputs
+    return Product(samples * states * (2.0 * states * h * parameters + h * passes), 0, 0, 0)
 
 
 def flops(case, cell, mode):
@@ -176,6 +195,15 @@ def _beyond():
     return [Case("beyond", batch, 64, 256, 256, **common) for batch in (4, 128)]
 
 
+def _online():
+    shapes = [(batch, 1, h, h) for batch in (1, 16) for h in (32, 64, 128)]
+    found = [Case("online", *shape, threads=(1,), modes=("exact", "snap1")) for shape in shapes]
+    whole_chunks = [(1, h, h, h) for h in (8, 16, 32, 64, 128)]
+    return found + [
+        Case("online", *shape, threads=(1,), modes=("chunked",)) for shape in whole_chunks
+    ]
+
+
 # DeepBench (github.com/baidu-research/DeepBench): cell, hidden = inputs, steps, batches.
 GRU_STEPS = (187, 375, 750, 1500)
 DEEPBENCH = {
@@ -231,6 +259,7 @@ GROUPS = {
     "bfloat16": ("half the bits", lambda: _in("bfloat16")),
     "busy": ("with one other busy process on the machine", _busy),
     "beyond": ("what torch.nn's users write a loop over its cells for", _beyond),
+    "online": ("real-time recurrent learning beside torch operations", _online),
     "deepbench": ("DeepBench's lists, up to 12 GFLOP a forward pass", _deepbench),
     "torch-rnn": ("torch-rnn's grid of character models", _torch_rnn),
 }

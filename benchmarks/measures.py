@@ -99,6 +99,7 @@ def results(record):
         _badly_served,
         _beyond,
         _memory,
+        _online,
     )
     return [result for part in (*parts, _neighbours) for result in part(rows)]
 
@@ -231,6 +232,32 @@ def _memory(rows):
         *worst("peak of a training step, torch.nn's over ours", 1.0, chosen, memory_ratio, 30),
         *worst(text, 1.0, chosen, kept, 30, at_most=True),
     ]
+
+
+def _online(rows):
+    def pick(mode, **fields):
+        return rows.pick("online", 1, mode=mode, **fields)
+
+    def gain(row):
+        return row["variants"]["exact"]["ratio"]["median"]
+
+    def share(row):
+        return rate(row) / rows.peaks[1]["float32"] if 1 in rows.peaks else None
+
+    torch_nn, large = against(TORCH), "b16-t1-i128-h128"
+    text = "exact RTRL against torch operations, one thread, "
+    small = pick("exact", case="b1-t1-i32-h32")
+    found = worst(text + "H 32, B 1", 10.0, small, torch_nn, 3)
+    for cell, target in (("rnn", 3.0), ("gru", 4.0), ("lstm", 8.0)):
+        chosen = pick("exact", case=large, cell=cell)
+        found += worst(f"{text}H 128, B 16, {cell.upper()}", target, chosen, torch_nn, 1)
+    text = "exact RTRL, share of the FMA peak, one thread, H 128, B 16"
+    found += worst(text, 0.7, pick("exact", case=large), share, 3, percent=True)
+    text = "SnAp-1 against torch operations, one thread"
+    found += worst(text, 5.0, pick("snap1"), torch_nn, 18)
+    text = "chunked RTRL against exact, H 64 and 128, B 1"
+    cases_of = ("b1-t64-i64-h64", "b1-t128-i128-h128")
+    return found + worst(text, 1.0, pick("chunked", case=cases_of), gain, 6)
 
 
 def _neighbours(rows):

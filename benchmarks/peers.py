@@ -45,6 +45,8 @@ def obstacle(name, case, cell, training):
     asked."""
     if case.resets and name != TORCH:
         return f"{name} knows no resets"
+    if case.group == "online" and name != TORCH:
+        return f"{name} has no online learning"
     if name == "torch.compile":
         if case.ragged:
             return "torch.compile breaks at a PackedSequence"

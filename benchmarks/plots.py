@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .machine import notices
+from .online_plot import online
 from .peers import OURS, TORCH
 from .report import times
 from .rows import count_threads, geometric_mean, rate, special_dtype, timed
@@ -49,8 +50,9 @@ def draw(record, folder):
                 if (row["threads"], special_dtype(row)) == (threads, dtype)
             ]
             count = count_threads(threads) + (f", {dtype}" if dtype else "")
-            for plot in (speedup, throughput, memory):
-                for number, part in enumerate(parts(rows), 1):
+            for plot in (speedup, throughput, memory, online):
+                special = [row for row in rows if (row["group"] == "online") == (plot is online)]
+                for number, part in enumerate(parts(special), 1):
                     figure = plot(part)
                     if figure is None:
                         continue

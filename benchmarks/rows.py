@@ -68,6 +68,8 @@ def remarks(row):
         ratio = variant["ratio"]["median"]
         if name == "one direction":
             found.append(f"costs {1 / ratio:.2f}x one direction")
+        elif name == "exact":
+            found.append(f"{ratio:.2f}x as fast as exact")
         elif name == "without resets":
             found.append(f"costs {1 / ratio:.2f}x the layer without resets")
         else:
