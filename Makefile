@@ -14,10 +14,11 @@ CLIENTS := $(VENV)/clients
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: help environment demo test test-clients bench build gpu lint types docs features dist format clean
+.PHONY: help environment demo examples test test-clients bench build gpu lint types docs features dist format clean
 
 help:
 	@echo "make demo    train a character language model, rnn_ext beside torch.nn (under 3 minutes)"
+	@echo "make examples   run every example for a few seconds and check what comes of it"
 	@echo "make test    run the tests            make test ARGS='-k gru'"
 	@echo "make test-clients   programs from PyPI give the same numbers with our layers"
 	@echo "make bench   speed and memory beside torch.nn     make bench ARGS=--quick"
@@ -43,8 +44,14 @@ demo: environment
 	@$(SETUP) build demo
 	@$(PY) examples/char_lm.py $(ARGS)
 
+examples: environment
+	@$(SETUP) build test
+	@$(SETUP) examples
+	@$(PY) -m pytest tests/test_examples.py $(ARGS)
+
 test: environment
 	@$(SETUP) build test
+	@$(SETUP) examples
 	@$(PY) -m pytest $(ARGS)
 
 # Programs from PyPI, in an environment of their own that sees this one's packages.

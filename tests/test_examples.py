@@ -1,0 +1,138 @@
+"""Every example, run for a few seconds as --quick: it learns, says so, and writes its files.
+
+Data and tasks come from packages (`make examples` installs them); where one cannot be had, the
+examples that use it are skipped.
+"""
+
+import importlib
+import importlib.util
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+PARTS = ("common", "plots", "training")  # modules that the examples share
+
+
+@dataclass
+class Example:
+    """What a quick run must reach: {label in the printed table: (lowest, highest)}."""
+
+    scores: dict
+    needs: tuple = ()  # the packages that are imported or read
+    options: tuple = ()  # beside --quick
+    learns: bool = True  # it has learners, a checkpoint and a comparison with torch.nn
+    prints: tuple = ()  # patterns of its output
+    writes: tuple = ()  # suffixes of the files that it writes beside checkpoint and plot
+
+
+RUNS = {
+    "char_lm": Example({"held-out perplexity": (1, 12)}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _found():
+    """The examples find what they share in their own folder."""
+    pytest.importorskip("tqdm")
+    pytest.importorskip("matplotlib")
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """run("digits", "--quick") -> (exit code, stdout, stderr), in this process, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *options):
+        module, common = importlib.import_module(name), importlib.import_module("common")
+        code = common.exit_code(module.main, [*map(str, options)])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def named(names):
+    return [pytest.param(name, id=name) for name in names]
+
+
+def skip_without(name):
+    for package in RUNS[name].needs:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed (make examples installs it)")
+
+
+def test_every_example_is_run_here():
+    files = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
+    assert files == {*RUNS, "ddp"}  # tests/test_distributed.py runs that
+
+
+@pytest.mark.parametrize("name", named(RUNS))
+def test_quick_run(name, run, tmp_path):
+    skip_without(name)
+    example, options = RUNS[name], ["--quick", *RUNS[name].options]
+    code, out, err = run(name, *options)
+    assert code == 0, err
+    for label, (lowest, highest) in example.scores.items():
+        value = re.search(rf"^{re.escape(label)} +([\d.]+)", out, re.MULTILINE)
+        assert value, (label, out)
+        assert lowest <= float(value[1]) <= highest, label
+    for pattern in example.prints:
+        assert re.search(pattern, out, re.MULTILINE), (pattern, out)
+    summary = re.findall(rf"^summary  {name}: .*; wrote (.*)$", out.strip(), re.MULTILINE)
+    assert len(summary) == 1 and out.strip().splitlines()[-1].endswith(summary[0])
+    written = [tmp_path / path for path in summary[0].split(", ")]
+    assert {".png", *example.writes} <= {path.suffix for path in written}
+    for path in written:
+        assert path.stat().st_size > (20_000 if path.suffix == ".png" else 0), path
+    if example.learns:
+        checks_of_a_training(name, run, options, written, out)
+
+
+def checks_of_a_training(name, run, options, written, out):
+    assert float(re.search(r"losses differ by at most (\S+) in", out)[1]) < 1e-3
+    assert re.search(r"rnn_ext trains \d+\.\d\d times as fast as torch.nn", out)
+    [checkpoint] = [path for path in written if path.suffix == ".pt"]
+    saved = torch.load(checkpoint, weights_only=True)
+    for learner in saved["learners"].values():
+        losses = learner["losses"]
+        quarter = len(losses) // 4
+        assert quarter and sum(losses[-quarter:]) < 0.95 * sum(losses[:quarter])
+    code, again, err = run(name, *options, "--resume", "--checkpoint", checkpoint)
+    assert code == 0, err
+    table = re.search(r"^training loss, .*$", out, re.MULTILINE)[0]
+    assert table in again and "times as fast" not in again  # nothing was trained, nothing timed
+    torch.save(saved | {"kind": "another example"}, checkpoint)
+    code, _, err = run(name, *options, "--resume", "--checkpoint", checkpoint)
+    assert code == 2 and err.count("\n") == 1
+    assert "is no checkpoint of this example" in err
+
+
+@pytest.mark.parametrize("name", named(RUNS))
+def test_help(name, run):
+    skip_without(name)
+    with pytest.raises(SystemExit) as end:
+        run(name, "--help")
+    assert end.value.code == 0
+    assert f"python examples/{name}.py" in importlib.import_module(name).__doc__
+
+
+@pytest.mark.parametrize("name", named(RUNS))
+def test_a_missing_package_is_a_sentence(name, run, monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    for package in [*RUNS[name].needs, "matplotlib"]:
+
+        def without(asked, *parent, package=package):
+            return None if asked == package else find(asked, *parent)
+
+        monkeypatch.setattr(importlib.util, "find_spec", without)
+        code, _, err = run(name, "--quick")
+        assert code == 2 and err.count("\n") == 1
+        assert err.startswith("error: this example needs ") and "pip install" in err
+    assert not list(tmp_path.iterdir())
