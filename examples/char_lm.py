@@ -3,6 +3,7 @@
     python examples/char_lm.py              # an LSTM on the Python language help, about two minutes
     python examples/char_lm.py --cell gru --text my_book.txt --epochs 10
     python examples/char_lm.py --resume --steps 2000 --temperature 0.4 --prefix "The value of"
+    torchrun --nproc-per-node 2 examples/char_lm.py      # each process reads half of the streams
 
 Truncated backpropagation through time: the text is cut into --batch streams of equal length, read
 side by side, --window characters a step. The hidden state is carried from window to window, but
@@ -19,98 +20,18 @@ import sys
 from pathlib import Path
 
 import common
+import corpora
+import distributed
+import language
 import plots
 import torch
 import training
 from common import InputError, positive
-from torch import nn
-from training import Score
 
 import rnn_ext
 
 KIND = "rnn_ext char_lm 1"  # marks the checkpoints of this example
 QUICK = {"hidden": 64, "batch": 16, "window": 32, "steps": 200, "length": 150}
-
-
-class CharLM(nn.Module):
-    """Characters in, logits of the next character out. layer_class: rnn_ext.LSTM, nn.LSTM, ..."""
-
-    def __init__(self, layer_class, symbols, hidden, layers):
-        super().__init__()
-        self.embedding = nn.Embedding(symbols, hidden)
-        self.recurrent = layer_class(hidden, hidden, layers)
-        self.readout = nn.Linear(hidden, symbols)
-
-    def forward(self, codes, state=None):  # codes [T, B] -> logits [T, B, symbols]
-        hidden, state = self.recurrent(self.embedding(codes), state)
-        return self.readout(hidden), state
-
-
-def cut_into_streams(codes, batch):  # [N] -> [N // batch, batch], each column a stretch of text
-    length = len(codes) // batch
-    return codes[: length * batch].view(batch, length).t().contiguous()
-
-
-def detach(state):
-    return tuple(map(detach, state)) if isinstance(state, tuple) else state.detach()
-
-
-def cross_entropy(logits, targets, **options):
-    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), **options)
-
-
-def perplexity(loss):
-    return math.exp(min(loss, 700))
-
-
-class CharLearner(training.Learner):
-    """The model with its optimizer and the state that it carries from window to window."""
-
-    SCORES = (
-        Score("held-out perplexity", ".4f", perplexity),
-        Score("held-out bits per character", ".4f", lambda loss: loss / math.log(2)),
-    )
-
-    def __init__(self, model, args, streams, held_out_streams):
-        super().__init__(model, torch.optim.Adam(model.parameters(), args.lr))
-        self.window, self.clip = args.window, args.clip
-        self.streams, self.held_out_streams = streams, held_out_streams
-
-    def train_step(self, step):
-        windows = (len(self.streams) - 1) // self.window  # in one pass over the text
-        start = step % windows * self.window
-        if start == 0:
-            self.state = None
-        logits, state = self.model(self.streams[start : start + self.window], self.state)
-        loss = cross_entropy(logits, self.streams[start + 1 : start + 1 + self.window])
-        self.state = detach(state)
-        return self.descend(loss, self.clip)
-
-    def evaluate(self):
-        """Mean loss over the held-out text, read from end to end with the state carried on."""
-        total, state = 0.0, None
-        for start in range(0, len(self.held_out_streams) - 1, self.window):
-            targets = self.held_out_streams[start + 1 : start + 1 + self.window]
-            inputs = self.held_out_streams[start : start + len(targets)]
-            logits, state = self.model(inputs, state)
-            total += cross_entropy(logits, targets, reduction="sum").item()
-        return total / self.held_out_streams[1:].numel()
-
-
-@torch.no_grad()
-def sample(model, vocabulary, prefix, length, temperature, device):
-    """Continue prefix by length characters drawn from softmax(logits / temperature)."""
-    model.eval()
-    codes, state, text = [vocabulary.index(character) for character in prefix], None, prefix
-    for _ in range(length):
-        logits, state = model(torch.tensor(codes, device=device).unsqueeze(1), state)
-        logits = logits[-1, 0].double().cpu()
-        if temperature == 0:
-            codes = [logits.argmax().item()]
-        else:
-            codes = torch.softmax(logits / temperature, dim=0).multinomial(1).tolist()
-        text += vocabulary[codes[0]]
-    return text
 
 
 def parse(arguments):
@@ -125,8 +46,14 @@ def parse(arguments):
 
 def main(arguments):
     args = parse(arguments)
-    device = common.usable_device(args.device)
+    with distributed.joined(common.usable_device(args.device)) as device:
+        run(args, device)
+
+
+def run(args, device):
     text, source = common.read_text(args.text)
+    if args.batch % distributed.count():
+        raise InputError(f"--batch {args.batch} is no multiple of {distributed.count()} processes")
     needed = max(20, math.ceil(args.batch * (args.window + 1) / 0.9))
     if len(text) < needed:
         sizes = f"--batch {args.batch} and --window {args.window} take {needed:,}"
@@ -137,15 +64,19 @@ def main(arguments):
         raise InputError(f"--prefix has {min(unknown)!r}, which is not in the text; leave it out")
 
     cut = len(codes) * 9 // 10
-    streams = cut_into_streams(codes[:cut], args.batch)
-    held_out_streams = cut_into_streams(codes[cut:], min(args.batch, (len(codes) - cut) // 2))
-    windows = (len(streams) - 1) // args.window
-    args.steps = training.number_of_steps(args, windows, default_epochs=5)
+    streams = corpora.cut_into_streams(codes[:cut], args.batch)
+    windows = corpora.Sequential(streams, args.window)
+    held_out = corpora.cut_into_streams(codes[cut:], min(args.batch, (len(codes) - cut) // 2))
+    held_out_windows = corpora.Sequential(held_out, args.window, whole=True)
+    args.steps = training.number_of_steps(args, len(windows), default_epochs=5)
 
     def build(library):
         layer_class = training.layer_class(library, args)
-        model = CharLM(layer_class, len(vocabulary), args.hidden, args.layers).to(device)
-        return CharLearner(model, args, streams, held_out_streams)
+        model = language.LanguageModel(layer_class, len(vocabulary), args.hidden, args.layers)
+        optimizer = torch.optim.Adam(model.to(device).parameters(), args.lr)
+        return language.LanguageLearner(
+            model, optimizer, args.clip, windows, held_out_windows, unit="character"
+        )
 
     learners = training.learners(args, build)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -156,20 +87,20 @@ def main(arguments):
     print(f"text     {source}: {len(text):,} characters, {len(vocabulary)} different")
     print(f"model    {training.describe(args, ours)}")
     print(f"training {args.steps:,} steps of {args.batch} x {args.window} characters ", end="")
-    print(
-        f"({args.steps / windows:.1f} passes), Adam, rate {args.lr:g}; the last tenth is held out"
-    )
+    passes = f"({args.steps / len(windows):.1f} passes)"
+    print(f"{passes}, Adam, rate {args.lr:g}; the last tenth is held out")
     example = ours.embedding(streams[: args.window])
     print(f"kernel   {rnn_ext.explain(ours.recurrent, example)}\n", flush=True)
 
     training.train(learners, args, args.batch * args.window, checkpoint.save)
     training.report(learners, args.batch * args.window, "character")
     print(f"\nsample, temperature {args.temperature:g}, continuing {prefix!r}:\n")
-    print(sample(ours, vocabulary, prefix, args.length, args.temperature, device))
+    codes = [vocabulary.index(character) for character in prefix]
+    drawn = language.sample(ours, codes, args.length, args.temperature)
+    print(prefix + "".join(vocabulary[code] for code in drawn))
     title = f"Character language model: {args.cell}, {args.layers} x {args.hidden} units"
-    plots.training_figure(
-        args.plot, title, learners, "cross-entropy (bits per character)", 1 / math.log(2)
-    )
+    label = "cross-entropy (bits per character)"
+    plots.training_figure(args.plot, title, learners, label, 1 / math.log(2))
     training.summary(learners, args)
 
 

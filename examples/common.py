@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import distributed
 import torch
 
 CELLS = ("rnn", "gru", "lstm")
@@ -43,7 +44,8 @@ def exit_code(main, arguments):
     try:
         main(arguments)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -206,7 +208,8 @@ class Checkpoint:
         learners = {name: learner.state_dict() for name, learner in self.learners.items()}
         contents = {"kind": self.kind, "settings": self.settings, "learners": learners}
         contents["rng"] = torch.get_rng_state()
-        write_atomically(self.path, lambda file: torch.save(contents, file))
+        if distributed.rank() == 0:
+            write_atomically(self.path, lambda file: torch.save(contents, file))
 
     def resume(self, device):
         """Put the learners where the file left them. No code in it is run (weights_only)."""

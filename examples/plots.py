@@ -4,6 +4,7 @@ import contextlib
 import math
 from statistics import median
 
+import distributed
 import torch
 from common import write_atomically
 
@@ -39,7 +40,8 @@ def figure(path, title, mosaic, size=(11, 5), width_ratios=None, height_ratios=N
         figure = plt.figure(figsize=size, layout="constrained", dpi=130)
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
         yield figure.subplot_mosaic(mosaic, width_ratios=width_ratios, height_ratios=height_ratios)
-        write_atomically(path, lambda file: figure.savefig(file, format="png"))
+        if distributed.rank() == 0:
+            write_atomically(path, lambda file: figure.savefig(file, format="png"))
         plt.close(figure)
 
 

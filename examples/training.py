@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean, median
 
+import distributed
 import torch
 from common import CtrlC, InputError
 
@@ -44,6 +45,10 @@ class Learner:
         self.model, self.optimizer, self.state = model, optimizer, None
         self.losses, self.held_out = [], []  # one loss a step; pairs of step and loss
         self.seconds = []  # time of each step of this process
+
+    def set_rate(self, rate):
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def descend(self, loss, clip):
         """One step of the optimizer down loss, whose gradient is cut to the norm clip."""
@@ -114,6 +119,11 @@ def number_of_steps(args, per_epoch, default_epochs):
     return max(1, round((args.epochs or default_epochs) * per_epoch))
 
 
+def falling_rate(args):
+    """The learning rate of a step: --lr, and over the second half of the training down to zero."""
+    return lambda step: args.lr * min(1.0, 2 * (1 - step / args.steps))
+
+
 def describe(args, model):
     """One line on the model and on what it is trained with."""
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -133,7 +143,8 @@ def train(learners, args, per_step, save, unit="token"):
 
     runs = list(learners.values())
     step, evaluate_every = len(runs[0].losses), max(1, args.steps // 8)
-    with CtrlC() as ctrl_c, tqdm(total=args.steps, initial=step, bar_format=BAR) as bar:
+    bar = tqdm(total=args.steps, initial=step, bar_format=BAR, disable=distributed.rank() > 0)
+    with CtrlC() as ctrl_c, bar:
         done = step >= args.steps
         while not done:
             turn = range(step, min(step + TURN, args.steps))
@@ -143,7 +154,7 @@ def train(learners, args, per_step, save, unit="token"):
             step = turn.stop
             bar.set_postfix_str(progress(learners, per_step, unit), refresh=False)
             bar.update(len(turn))
-            done = step >= args.steps or ctrl_c.pressed
+            done = step >= args.steps or distributed.anywhere(ctrl_c.pressed)
             if done or step // evaluate_every > turn.start // evaluate_every:
                 for run in runs:
                     run.evaluate_now()
@@ -156,6 +167,7 @@ def progress(learners, per_step, unit):
     speeds = [
         f"{name} {thousands(per_step / median(learner.seconds[-50:]))}"
         for name, learner in learners.items()
+        if name in ("rnn_ext", "torch.nn")  # an example may train others beside them
     ]
     return f"loss {learners['rnn_ext'].losses[-1]:.3f}, {unit}s/s: {', '.join(speeds)}"
 

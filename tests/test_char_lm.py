@@ -108,14 +108,14 @@ def test_both_libraries_learn_the_same(run, cell):
 
 
 def test_held_out_loss_is_that_of_the_whole_held_out_text(example):
-    char_lm, _ = example
+    corpora, language = example[0].corpora, example[0].language
     torch.manual_seed(0)
-    model = char_lm.CharLM(torch.nn.GRU, 7, 5, 1)
-    args = char_lm.parse(["--window", "10"])
+    model = language.LanguageModel(torch.nn.GRU, 7, 5, 1)
     streams = torch.randint(7, (34, 3))
-    learner = char_lm.CharLearner(model, args, streams, streams)
+    windows = corpora.Sequential(streams, 10, whole=True)
+    learner = language.LanguageLearner(model, None, 1.0, None, windows)
     with torch.no_grad():
-        whole = char_lm.cross_entropy(model(streams[:-1])[0], streams[1:]).item()
+        whole = language.cross_entropy(model(streams[:-1])[0], streams[1:]).item()
         assert abs(learner.evaluate() - whole) <= 1e-5
 
 
