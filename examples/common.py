@@ -76,14 +76,17 @@ class Parser(argparse.ArgumentParser):
         add("--no-compare", action="store_true", help="train rnn_ext only, not torch.nn")
         add("--quick", action="store_true", help="a small model for a few seconds")
 
-    def parse(self, arguments, example, quick):
-        """Parse; --quick replaces the defaults by those in quick, a dict."""
+    def parse(self, arguments, example, quick, variant=lambda args: ""):
+        """Parse; --quick replaces the defaults by those in quick, a dict.
+
+        variant(args) is what the names of checkpoint and plot say beside the cell.
+        """
         if self.parse_args(arguments).quick:
             self.set_defaults(**quick)
         args = self.parse_args(arguments)
         require("tqdm", "matplotlib")
         args.example = example
-        outputs = f"runs/{example}/{args.cell}{'-quick' * args.quick}"
+        outputs = f"runs/{example}/{args.cell}{variant(args)}{'-quick' * args.quick}"
         args.checkpoint = args.checkpoint or Path(outputs + ".pt")
         args.plot = args.plot or Path(outputs + ".png")
         return args

@@ -38,6 +38,10 @@ OWN = "tokens min_count vocabulary sampling window untied dropout dropout_kind o
 RATES = {"adam": 4e-3, "sgd": 4.0}
 
 
+def variant(args):
+    return "-reber" if args.reber else "-word" if args.tokens == "word" else ""
+
+
 def parse(arguments):
     parser = common.Parser(__doc__, hidden=256, batch=32, lr=None)
     add, whole = parser.add_argument, positive(int)
@@ -56,7 +60,7 @@ def parse(arguments):
     add("--length", type=whole, default=400, help="tokens to sample, at most")
     add("--temperature", type=positive(float, or_zero=True), default=0.7)
     add("--top-k", type=whole, help="sample among the likeliest k tokens only")
-    args = parser.parse(arguments, "language_model", QUICK)
+    args = parser.parse(arguments, "language_model", QUICK, variant)
     args.lr = args.lr or RATES[args.optimizer]
     if args.dropout >= 1:
         raise InputError("--dropout is a probability below 1")
@@ -178,7 +182,8 @@ def run(args, device):
 
 
 def draw(args, corpus, learners):
-    title = f"Language model of {corpus.unit}s: {args.cell}, {args.layers} x {args.hidden} units"
+    about = "the embedded Reber grammar" if args.reber else f"{corpus.unit}s"
+    title = f"Language model of {about}: {args.cell}, {args.layers} x {args.hidden} units"
     exact = {"exact (grammar)": corpus.floor} if args.reber else {}
     with plots.figure(args.plot, title, "ls;lt", width_ratios=[1.6, 1]) as axes:
         label = f"cross-entropy (bits per {corpus.unit})"

@@ -8,14 +8,13 @@ import importlib
 import importlib.util
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-PARTS = ("common", "plots", "training")  # modules that the examples share
 
 
 @dataclass
@@ -23,15 +22,31 @@ class Example:
     """What a quick run must reach: {label in the printed table: (lowest, highest)}."""
 
     scores: dict
-    needs: tuple = ()  # the packages that are imported or read
-    options: tuple = ()  # beside --quick
+    needs: list = field(default_factory=list)  # the packages that are imported or read
+    options: list = field(default_factory=list)  # beside --quick
     learns: bool = True  # it has learners, a checkpoint and a comparison with torch.nn
-    prints: tuple = ()  # patterns of its output
-    writes: tuple = ()  # suffixes of the files that it writes beside checkpoint and plot
+    prints: list = field(default_factory=list)  # patterns of its output
+    writes: list = field(default_factory=list)  # more files, by suffix
 
 
 RUNS = {
     "char_lm": Example({"held-out perplexity": (1, 12)}),
+    "language_model": Example(
+        {"held-out perplexity": (1.45, 2.5)},
+        options=["--reber"],
+        prints=[r"^exact .* better than 1\.4524 on", "^recall .*%$", "^grammar .* of 100"],
+    ),
+    "music": Example(
+        {"held-out perplexity": (2, 40)},
+        needs=["music21"],
+        prints=["^sampled tunes .* are well formed", "^their bars .* as long as the meter says"],
+        writes=[".abc", ".mid"],
+    ),
+    "digits": Example({"test accuracy": (60, 100)}, needs=["sklearn"], prints=["^data .* 450 to"]),
+    "tagging": Example(
+        {"held-out macro-F1": (0.6, 1)},
+        prints=["^F1 per class +blank", r"\x1b\[38;2;\d+;\d+;\d+m"],
+    ),
 }
 
 
@@ -70,7 +85,7 @@ def skip_without(name):
 
 def test_every_example_is_run_here():
     files = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
-    assert files == {*RUNS, "ddp"}  # tests/test_distributed.py runs that
+    assert files == set(RUNS)
 
 
 @pytest.mark.parametrize("name", named(RUNS))
@@ -96,10 +111,11 @@ def test_quick_run(name, run, tmp_path):
 
 
 def checks_of_a_training(name, run, options, written, out):
-    assert float(re.search(r"losses differ by at most (\S+) in", out)[1]) < 1e-3
     assert re.search(r"rnn_ext trains \d+\.\d\d times as fast as torch.nn", out)
     [checkpoint] = [path for path in written if path.suffix == ".pt"]
     saved = torch.load(checkpoint, weights_only=True)
+    ours, theirs = (saved["learners"][name]["losses"] for name in ("rnn_ext", "torch.nn"))
+    assert ours[:30] == pytest.approx(theirs[:30], abs=1e-4)  # later, rounding is amplified
     for learner in saved["learners"].values():
         losses = learner["losses"]
         quarter = len(losses) // 4

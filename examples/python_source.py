@@ -1,0 +1,111 @@
+"""Python programs and the classes of their characters, for the tagging example."""
+
+import functools
+import io
+import keyword
+import random
+import sysconfig
+import tokenize
+from pathlib import Path
+
+import torch
+from common import InputError
+
+CLASSES = ["blank", "keyword", "name", "number", "string", "comment", "operator"]
+COLORS = ["#000000", "#7a2e5d", "#1f1f1f", "#4a6fa5", "#5b8c5a", "#8a8a8a", "#c8553d"]
+CODES = 128  # of the alphabet: ASCII; 127 stands for all other characters
+
+
+def labels(source):
+    """(class of each character, positions of lines that begin outside of a token).
+
+    Raises what tokenize raises on text that is no Python.
+    """
+    starts = [0]
+    for line in io.StringIO(source):
+        starts.append(starts[-1] + len(line))
+    found, inside = [0] * len(source), set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        (first, column), (last, end) = token.start, token.end
+        name = tokenize.tok_name[token.type]
+        if name == "NAME":
+            kind = 1 if keyword.iskeyword(token.string) else 2
+        elif "STRING" in name:  # FSTRING_START, ... since Python 3.12
+            kind = 4
+        else:
+            kind = {"NUMBER": 3, "COMMENT": 5, "OP": 6}.get(name, 0)
+        if kind:
+            start, stop = starts[first - 1] + column, starts[last - 1] + end
+            found[start:stop] = [kind] * (stop - start)
+        if "FSTRING" in name or last > first:
+            inside.update(starts[first:last])
+    return found, [start for start in starts[:-1] if start not in inside]
+
+
+def encode(source):
+    return torch.tensor([min(ord(character), CODES - 1) for character in source])
+
+
+@functools.cache
+def programs(count):
+    """[(source, labels, line starts)] of files of the standard library, in a fixed random order."""
+    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    random.Random(0).shuffle(paths)
+    read = []
+    for path in paths:
+        try:
+            source = path.read_text(encoding="utf-8")
+            if len(source) > 2000 and len(read) < count:
+                read.append((source, *labels(source)))
+        except (UnicodeDecodeError, SyntaxError, tokenize.TokenError):
+            continue
+    if len(read) < 10:
+        raise InputError("this Python has no sources of its standard library to learn from")
+    return read
+
+
+class Windows:
+    """Characters and labels [window, batch]; a column begins with a line, outside of strings."""
+
+    def __init__(self, texts, window, device):
+        text, tags, self.starts = [], [], []
+        for source, found, lines in texts:
+            offset = sum(map(len, text))
+            last = len(source) - window
+            self.starts += [offset + line for line in lines if line <= last]
+            text.append(encode(source))
+            tags.append(torch.tensor(found))
+        self.text, self.tags = torch.cat(text).to(device), torch.cat(tags).to(device)
+        self.window, self.starts = window, torch.tensor(self.starts)
+
+    def __call__(self, chosen):
+        places = self.starts[chosen] + torch.arange(self.window).unsqueeze(1)
+        places = places.to(self.text.device)
+        return self.text[places], self.tags[places]
+
+
+def colored(source, tags):
+    """source with the escape sequences of a terminal."""
+    text, before = "", 0
+    for character, tag in zip(source, tags, strict=True):
+        if tag != before and character.strip():
+            red, green, blue = bytes.fromhex(COLORS[tag][1:])
+            text += "\x1b[0m" if tag == 2 else f"\x1b[38;2;{red};{green};{blue}m"
+            before = tag
+        text += character
+    return text + "\x1b[0m"
+
+
+def excerpt(source, lines=16, width=88):
+    """The lines of a program that show the most kinds of things."""
+    text = source.splitlines(keepends=True)
+    wanted = range(len(text) - lines) if len(text) > lines else [0]
+    chosen = max(wanted, key=lambda start: interest(text[start : start + lines], width))
+    return "".join(text[chosen : chosen + lines])
+
+
+def interest(lines, width):
+    """How many kinds of things some lines show; none where one is longer than width."""
+    text = "".join(lines)
+    kinds = ["#", '"', "'", "def ", "return ", " = ", "0", "1", "for ", "if "]
+    return sum(kind in text for kind in kinds) * all(len(line) <= width for line in lines)
