@@ -84,8 +84,8 @@ def test_tables_promises_and_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [
         row(cell, mode, case)
-        for cell in ("rnn", "lstm")
         for mode in cases.ONLINE
+        for cell in ("rnn", "lstm")
         for case in (TINY, replace(TINY, hidden=6))
     ]
     record = {"rows": rows, "limits": [PEAKS], "blas": None, "peers": ["torch.nn"]}
