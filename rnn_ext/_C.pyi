@@ -57,11 +57,20 @@ def layer_backward(
     backend: str,
     /,
 ) -> list[_Optional]: ...
+def parted_rows(
+    cell: str,
+    tensors: Sequence[_Optional],
+    batch_sizes: _Optional,
+    reverse: bool,
+    resets: Tensor,
+    /,
+) -> Tensor: ...
 def partial_forward(
     cell: str,
     tensors: Sequence[_Optional],
     batch_sizes: _Optional,
     reverse: bool,
+    parted: _Optional,
     keep_gates: bool,
     planned: tuple[int, int],
     /,
@@ -71,6 +80,7 @@ def partial_backward(
     tensors: Sequence[_Optional],
     batch_sizes: _Optional,
     reverse: bool,
+    parted: _Optional,
     kept: Sequence[_Optional],
     isa: str,
     upstream: Sequence[_Optional],
@@ -97,7 +107,7 @@ def both_backward(
     input: Tensor,
     tensors: Sequence[Sequence[_Optional]],
     batch_sizes: _Optional,
-    resets: _Optional,
+    parted: _Optional,
     kept: Sequence[Sequence[_Optional]],
     isa: str,
     upstream: Sequence[Sequence[_Optional]],

@@ -123,7 +123,7 @@ class Control:
         resets: Tensor | None = None,
         return_cells: bool = False,
     ) -> tuple[Any, ...]:
-        """As ``ops.layer``; ``resets`` only where no gradients are recorded."""
+        """As ``ops.layer``."""
         given = (input, *tensors)
         options = {
             "batch_sizes": batch_sizes,
@@ -148,7 +148,8 @@ class Control:
         elif input.is_cuda:
             obstacle = "on CUDA"
         if obstacle is None and current() != "reference":
-            return recompute.layer(self, cell, given, options["batch_sizes"], options["reverse"])
+            how = options["batch_sizes"], options["reverse"], options["resets"]
+            return recompute.layer(self, cell, given, *how)
         if not self.looks_at_gradients:
             if obstacle is not None:
                 warn_once(f"rnn_ext: {self} has no effect {obstacle}: everything is kept")

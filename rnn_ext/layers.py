@@ -23,9 +23,8 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
     Keyword arguments that RNN, LSTM and GRU have in common beside torch.nn's. ``residual``, the
     dropouts and ``zoneout`` are attributes that may be changed later. The last three control
     training; outputs and states stay the same to the last bit. They have effect where gradients are
-    recorded, on the CPU, in every layer and direction, and take no ``resets`` there. torch.compile
-    leaves a layer that trains with them out of its graph, and refuses it with fullgraph=True;
-    exported programs have none of them.
+    recorded, on the CPU, in every layer and direction. torch.compile leaves a layer that trains
+    with them out of its graph, and refuses it with fullgraph=True; exported programs have none.
 
     Args:
         hidden_size: may be a list, a width for each layer (``num_layers`` follows; no
@@ -166,12 +165,6 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
         x, batch_sizes, batch, states = arranged
         restored = self._checked_restored(input, batch, resets, initial_state)
         weights = self._weights()
-        if control is not None and resets is not None:
-            raise ValueError(
-                f"{self._get_name()}: resets cannot be combined with checkpoint_every, "
-                "save='states' or grad_clip where gradients are recorded; build the layer without "
-                "them, or give one episode at a time"
-            )
         reason = self._unserved or uncovered(x, (*states, *(restored or ())), weights)
         reason, run = reason or no_restoring(x, restored), None
         if control is not None:

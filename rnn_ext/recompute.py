@@ -55,19 +55,26 @@ class _Time:
             before, count = part[0] - 1, self.sizes[part[0]]
         return slice(self.offsets[before], self.offsets[before] + count)
 
-    def previous(self, states, initial, part):
-        """The state before each step of ``part``, of all those after a step, as rows."""
+    def previous(self, states, initial, part, parted):
+        """The state that each step of ``part`` starts from, of all those after a step, as rows."""
         if initial is None:
             return None
         steps = range(*part)
         if not self.packed and part != self.parts[0]:
             step = 1 if self.reverse else -1
-            return states[self.offsets[part[0] + step] : self.offsets[part[1] + step]]
-        first, pieces = self.steps - 1 if self.reverse else 0, []
-        for t in steps:
-            carried = states[:0] if t == first else states[self.carried((t, t + 1))]
-            pieces.append(_joined(carried, initial[: self.sizes[t]]))
-        return torch.cat(pieces)
+            rows = states[self.offsets[part[0] + step] : self.offsets[part[1] + step]]
+        else:
+            first, pieces = self.steps - 1 if self.reverse else 0, []
+            for t in steps:
+                carried = states[:0] if t == first else states[self.carried((t, t + 1))]
+                pieces.append(_joined(carried, initial[: self.sizes[t]]))
+            rows = torch.cat(pieces)
+        if parted is None:
+            return rows
+        restored = rows.new_zeros(())
+        if len(initial) > self.batch:
+            restored = torch.cat([initial[self.batch :][: self.sizes[t]] for t in steps])
+        return torch.where(parted.reshape(-1, 1), restored.to(rows.dtype), rows)
 
 
 def _joined(carried, initial):
@@ -90,9 +97,10 @@ def layer(
     tensors: Sequence[Tensor | None],
     batch_sizes: Tensor | None,
     reverse: bool,
+    resets: Tensor | None,
 ) -> tuple[Any, ...]:
     """As ``ops.layer`` where gradients are recorded, under the `Control` ``how``."""
-    output, h_n, *states = _Layer.apply(*tensors, cell, batch_sizes, reverse, how)
+    output, h_n, *states = _Layer.apply(*tensors, resets, cell, batch_sizes, reverse, how)
     return output, h_n, *(states or (None, None))
 
 
@@ -100,13 +108,17 @@ class _Layer(torch.autograd.Function):
     """As ``ops._Layer``, under a `Control`."""
 
     @staticmethod
-    def forward(ctx, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, batch_sizes, reverse, how):
-        tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-        packed = batch_sizes is not None
+    def forward(ctx, *arguments):
+        *tensors, resets, cell, batch_sizes, reverse, how = arguments
+        input, w_ih, packed = tensors[0], tensors[_FIRST_WEIGHT], batch_sizes is not None
         steps = batch_sizes.numel() if packed else input.size(0)
-        stretch = how.stretch(w_ih.size(0), steps, h0.size(0), packed, input.dtype)
+        batch = int(batch_sizes[0]) if packed else input.size(1)
+        stretch = how.stretch(w_ih.size(0), steps, batch, packed, input.dtype)
+        parted = None
+        if resets is not None:
+            parted = _C.parted_rows(cell, tensors, batch_sizes, reverse, resets)
         output, h_n, c_n, states, cells, gates, middle, isa = _C.partial_forward(
-            cell, tensors, batch_sizes, reverse, stretch is None, (0, 0)
+            cell, tensors, batch_sizes, reverse, parted, stretch is None, (0, 0)
         )
         ctx.set_materialize_grads(False)
         ctx.options, ctx.how, ctx.isa = (cell, batch_sizes, reverse), how, isa
@@ -122,36 +134,37 @@ class _Layer(torch.autograd.Function):
                 None if t is None or not rows else torch.cat([_flat(t)[r] for r in rows])
                 for t in (states, cells)
             )
-        ctx.save_for_backward(*tensors, states, cells, gates, middle)
+        ctx.save_for_backward(*tensors, resets, parted, states, cells, gates, middle)
         return (output, h_n) if c_n is None else (output, h_n, c_n, shown_cells)
 
     @staticmethod
     def backward(ctx, d_output, d_h_n, d_c_n=None, d_cells=None):
         kept = ctx.saved_tensors
-        tensors, saved = kept[:_INPUTS], kept[_INPUTS:]
+        tensors, (resets, parted, *saved) = kept[:_INPUTS], kept[_INPUTS:]
         wanted = ctx.needs_input_grad[:_INPUTS]
         upstream = (d_output, d_h_n, d_c_n, d_cells)
         if all(d is None for d in upstream):
-            return (None,) * (_INPUTS + 4)
+            return (None,) * (_INPUTS + 5)
         if transforms.watched_backward(upstream):
-            gradients = _composed_gradients(ctx, tensors, upstream, wanted)
+            gradients = _composed_gradients(ctx, tensors, resets, upstream, wanted)
         else:
-            backward = _Backward(ctx, tensors, wanted)
+            backward = _Backward(ctx, tensors, parted, wanted)
             if ctx.stretch is not None:
                 gradients = backward.by_part(saved, upstream)
             else:
-                gradients = backward.run(tensors, ctx.options[1], saved, ctx.isa, upstream)
+                gradients = backward.run(tensors, ctx.options[1], parted, saved, ctx.isa, upstream)
             if ctx.flow is not None:
                 ctx.flow.norms = backward.norms
-        return *gradients, None, None, None, None
+        return *gradients, *(None,) * 5
 
 
 class _Backward:
     """The backward kernel over a sequence, whole or in parts."""
 
-    def __init__(self, ctx, tensors, wanted):
+    def __init__(self, ctx, tensors, parted, wanted):
         self.cell, self.batch_sizes, self.reverse = ctx.options
         self.stretch, self.tensors, self.wanted = ctx.stretch, tensors, wanted
+        self.parted = parted  # the rows into whose step no state is carried
         self.isa, self.has_states = ctx.isa, ctx.how.save == "states"
         self.clip = ctx.how.clip or ("", 0.0)
         self.compute = torch.promote_types(tensors[0].dtype, torch.float32)
@@ -161,7 +174,17 @@ class _Backward:
             self.norms = tensors[0].new_empty(rows, dtype=self.compute)
 
     def run(
-        self, tensors, batch_sizes, saved, isa, upstream, *, part=None, planned=(0, 0), sums=()
+        self,
+        tensors,
+        batch_sizes,
+        parted,
+        saved,
+        isa,
+        upstream,
+        *,
+        part=None,
+        planned=(0, 0),
+        sums=(),
     ):
         norms = self.norms if self.norms is None or part is None else self.norms[part]
         wanted = self.wanted if part is None else (self.wanted[0], True, True, *self.wanted[3:])
@@ -170,6 +193,7 @@ class _Backward:
             tensors,
             batch_sizes,
             self.reverse,
+            parted,
             saved,
             isa,
             upstream,
@@ -185,7 +209,7 @@ class _Backward:
         input, h0, c0, *weights = self.tensors
         d_output, d_h_n, d_c_n, d_cells = upstream
         time = _Time(input, self.batch_sizes, self.reverse, self.stretch)
-        planned = (time.steps, time.batch)
+        planned, batch = (time.steps, time.batch), time.batch
         dh, dc = self._sum(h0, d_h_n), None if c0 is None else self._sum(c0, d_c_n)
         sums = [
             None if t is None or not w else self._sum(t)
@@ -203,13 +227,19 @@ class _Backward:
                     rows = slice(end - (rows.stop - rows.start), end)
                     end = rows.start
                 start = [None if k is None else _joined(k[rows], t) for k, t in zip(kept, start)]
+            if len(h0) > batch:  # what resets restore follows, see ops.layer
+                start = [
+                    None if t is None else torch.cat((s.to(t.dtype), t[batch:][:count]))
+                    for s, t in zip(start, (h0, c0))
+                ]
             tensors = (time.of(input, part), *start, *weights)
+            parted = time.of(self.parted, part)
             sizes = None if self.batch_sizes is None else self.batch_sizes[slice(*part)]
             if self.has_states:
-                again, isa = self._from_states(time, part, saved, kept)
+                again, isa = self._from_states(time, part, parted, saved, kept)
             else:
                 _, _, _, *again, isa = _C.partial_forward(
-                    self.cell, tensors, sizes, self.reverse, True, planned
+                    self.cell, tensors, sizes, self.reverse, parted, True, planned
                 )
             reaching = (
                 time.of(d_output, part),
@@ -220,6 +250,7 @@ class _Backward:
             d = self.run(
                 tensors,
                 sizes,
+                parted,
                 again,
                 isa,
                 reaching,
@@ -227,9 +258,10 @@ class _Backward:
                 planned=planned,
                 sums=sums,
             )
-            dh[:count] = d[1]
-            if dc is not None:
-                dc[:count] = d[2]
+            for sum, gradient in ((dh, d[1]), (dc, d[2])):
+                if sum is not None:
+                    sum[:count] = gradient[:count]
+                    sum[batch:][:count] += gradient[count:]
             if dx is not None:
                 time.of(dx, part).copy_(d[0])
         gradients = [dx, dh, dc, *sums]
@@ -238,7 +270,7 @@ class _Backward:
             for g, w in zip(gradients, self.wanted)
         ]
 
-    def _from_states(self, time, part, saved, kept):
+    def _from_states(self, time, part, parted, saved, kept):
         """What the forward kernel saved of ``part``: every step is a row of a single one, as what
         precedes it is known."""
         input, h0, c0, *weights = self.tensors
@@ -247,19 +279,23 @@ class _Backward:
             return (*known, None, None), self.isa
         at_once = (
             _flat(time.of(input, part)).unsqueeze(0),
-            *(time.previous(k, t, part) for k, t in zip(kept, (h0, c0))),
+            *(time.previous(k, t, part, parted) for k, t in zip(kept, (h0, c0))),
             *weights,
         )
-        *_, gates, middle, isa = _C.partial_forward(self.cell, at_once, None, False, True, (0, 0))
+        *_, gates, middle, isa = _C.partial_forward(
+            self.cell, at_once, None, False, None, True, (0, 0)
+        )
         return (*known, gates, middle), isa
 
     def _sum(self, like, start=None):
-        """A contiguous sum of the shape of ``like``, from ``start`` or zero on."""
+        """A contiguous sum of the shape of ``like``, its first rows from ``start`` on, or zero."""
         sum = torch.zeros(like.shape, dtype=self.compute)
-        return sum if start is None else sum.copy_(start)
+        if start is not None:
+            sum[: len(start)] = start
+        return sum
 
 
-def _composed_gradients(ctx, tensors, upstream, wanted):
+def _composed_gradients(ctx, tensors, resets, upstream, wanted):
     """The gradients of ``tensors`` in torch operations, differentiable again."""
     warn_once(
         "rnn_ext: gradients of gradients have no kernel; composed of torch operations instead"
@@ -270,7 +306,8 @@ def _composed_gradients(ctx, tensors, upstream, wanted):
     present = [d is not None for d in upstream]
 
     def results(*tensors):
-        found = how.composed(cell, *tensors, batch_sizes=batch_sizes, reverse=reverse)
+        options = {"batch_sizes": batch_sizes, "reverse": reverse, "resets": resets}
+        found = how.composed(cell, *tensors, **options)
         return tuple(r for r, p in zip(found, present) if p)
 
     upstream = [d for d in upstream if d is not None]

@@ -220,5 +220,3 @@ def test_a_state_that_does_not_fit_the_widths_is_named():
         module(x, resets=resets, initial_state=(random(2, B, 3), random(2, B, 3)))
     with pytest.raises(ValueError, match=r"initial_state must have shape \[1, 3 or 1, 4\], got"):
         module(x, resets=resets, initial_state=(h, c[:1] * 2))
-    with pytest.raises(ValueError, match="resets cannot be combined with checkpoint_every"):
-        make("lstm", 2, [3, 4], checkpoint_every=2)(x, resets=resets)

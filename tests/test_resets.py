@@ -403,16 +403,3 @@ def test_graphs_of_other_kinds(name):
     torch.testing.assert_close(traced(x, resets), expected)
     with pytest.raises(RuntimeError, match=f"{name}: ONNX's layers know no resets"):
         torch.onnx.export(policy, (x, resets), io.BytesIO(), dynamo=False)
-
-
-@pytest.mark.parametrize(
-    "options", [{"checkpoint_every": 2}, {"save": "states"}, {"grad_clip": 1.0}], ids=str
-)
-def test_training_under_control_refuses_resets(options):
-    layer, plain = rnn_ext.GRU(3, 4, **options), rnn_ext.GRU(3, 4)
-    plain.load_state_dict(layer.state_dict())
-    x, resets = torch.randn(5, 2, 3), torch.rand(5, 2) < 0.5
-    with pytest.raises(ValueError, match="resets cannot be combined with checkpoint_every"):
-        layer(x, resets=resets)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x, resets=resets)[0], plain(x, resets=resets)[0])

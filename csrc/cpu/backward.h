@@ -184,7 +184,7 @@ class Backward {
     };
     if (total_) {
       for_ranges([&](long begin, long end, const value* operand) {
-        collect(share, v, operand, begin, end);
+        collect(share, v, operand, begin, end, resets);
       });
       share.wait();
       control(share, at, rows);
@@ -194,7 +194,7 @@ class Backward {
     for (int phase = 0; phase < Cell::phases; phase++) {
       for_ranges([&](long begin, long end, const value* operand) {
         if (phase == 0 && total_)
-          finish_collected(share, v, begin, end);
+          finish_collected(share, v, begin, end, resets);
         else if (phase == 0)
           run_phase<0>(first_, share, v, operand, delta_width_, begin, end, resets);
         else if constexpr (projected)
@@ -208,9 +208,19 @@ class Backward {
     }
   }
 
+  // Of the rows of a step: which start afresh there, and which at the next step; null for none.
+  struct Afresh {
+    const bool *here, *next;
+    long continuing;  // rows that the next step has
+    bool at_here(long row) const { return here && here[row]; }
+    bool at_next(long row) const { return next && row < continuing && next[row]; }
+  };
+
   // total_ = dL/dh_t of rows [r0, r1), this member's units
   void collect(const Share& share, const BackwardView<value>& view, const value* operand, long r0,
-               long r1) const {
+               long r1, const Afresh& resets) const {
+    BackwardView<value> cut = view;
+    cut.add_carry = false;
     const long p1 = share.panel_end(first_.count());
     for (long p = share.panel_begin(first_.count()); p < p1; p++)
       for_row_blocks(r0, r1, kTileRows<2>, [&](long first, int count) {
@@ -218,12 +228,17 @@ class Backward {
         if (operand)
           tile_long<value, 2>(count, first_.depth, operand + first * delta_width_, delta_width_,
                               kTogether<value>, first_.panel(p), to, total_width(), false);
-        for (int i = 0; i < count; i++)
+        for (int i = 0; i < count; i++) {
+          const bool ends = resets.at_next(first + i);
+          if (ends) cut_states(first + i, p, to + i * total_width());
+          if constexpr (Cell::has_cell_state && Cell::phases == 1)
+            if (ends) cut_cells(first + i, p);
           for_units<value, PlainPanel>(p, output_, [&](int b, long block, int n) {
             real* units = to + i * total_width() + b * lanes;
-            const Vec<value> product = operand ? load(units) : Vec<value>{};
-            store(units, upstream(view, first + i, block * lanes, n, product));
+            const Vec<value> product = operand && !ends ? load(units) : Vec<value>{};
+            store(units, upstream(ends ? cut : view, first + i, block * lanes, n, product));
           });
+        }
       });
   }
 
@@ -243,7 +258,9 @@ class Backward {
   }
 
   // The first phase of the cell's vjp, from total_
-  void finish_collected(const Share& share, BackwardView<value> view, long r0, long r1) const {
+  void finish_collected(const Share& share, BackwardView<value> view, long r0, long r1,
+                        const Afresh& resets) const {
+    const Afresh here{resets.here, nullptr, 0};
     view.add_carry = false;
     alignas(64) real products[kTileRows<2> * width];
     const long p1 = share.panel_end(first_.count());
@@ -253,7 +270,7 @@ class Backward {
           for (int b = 0; b < 2; b++)
             store(products + (i * 2 + b) * lanes,
                   load(total_ + (first + i) * total_width() + p * width + b * lanes));
-        finish_backward<value, Cell, 0>(view, first, count, p, output_, products);
+        finish<0>(view, first, count, p, output_, products, here);
       });
   }
 
@@ -317,14 +334,6 @@ class Backward {
       add(a_.d_reset_h + at, dh, n);
     });
   }
-
-  // Of the rows of a step: which start afresh there, and which at the next step; null for none.
-  struct Afresh {
-    const bool *here, *next;
-    long continuing;  // rows that the next step has
-    bool at_here(long row) const { return here && here[row]; }
-    bool at_next(long row) const { return next && row < continuing && next[row]; }
-  };
 
   template <int phase>
   RNN_EXT_INLINE void finish(const BackwardView<value>& view, long first, int count, long panel,

@@ -78,20 +78,29 @@ InputGradients backward(std::string cell, Tensor input, Tensor h0, OptionalTenso
 using InputTensors = std::array<OptionalTensor, kLayerInputs>;
 
 LayerInputs layer_inputs(const std::string& cell, const InputTensors& t,
-                         const OptionalTensor& batch_sizes, bool reverse) {
-  LayerInputs in{cell, t[0].value(), t[1].value(), t[2],        t[3].value(), t[4].value(),
-                 t[5], t[6],         t[7],         batch_sizes, reverse};
+                         const OptionalTensor& batch_sizes, bool reverse,
+                         const OptionalTensor& resets) {
+  LayerInputs in{cell, t[0].value(), t[1].value(), t[2],    t[3].value(), t[4].value(), t[5],
+                 t[6], t[7],         batch_sizes,  reverse, resets,       true};
   for (const OptionalTensor& tensor : t)
     TORCH_CHECK(!tensor || tensor->is_cpu(), "rnn_ext: this pass is for tensors on the CPU");
   return in;
 }
 
+Tensor parted(const std::string& cell, const InputTensors& tensors,
+              const OptionalTensor& batch_sizes, bool reverse, const Tensor& resets) {
+  LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets);
+  in.parted = false;
+  return parted_rows(check_call(in), in);
+}
+
 // As `forward` with `save`, without gates and middle where they are not to be kept, by the plan of
 // a call of (steps, batch).
 py::tuple partial_forward(const std::string& cell, const InputTensors& tensors,
-                          const OptionalTensor& batch_sizes, bool reverse, bool keep_gates,
+                          const OptionalTensor& batch_sizes, bool reverse,
+                          const OptionalTensor& resets, bool keep_gates,
                           std::array<long, 2> planned) {
-  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse);
+  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets);
   PassOptions options;
   options.keep_gates = keep_gates;
   options.planned_steps = planned[0], options.planned_batch = planned[1];
@@ -103,12 +112,13 @@ py::tuple partial_forward(const std::string& cell, const InputTensors& tensors,
 // As `backward`; `sums` and `dh_norms` as in PassOptions; `clip` is "value", "norm" or "".
 InputGradients partial_backward(const std::string& cell, const InputTensors& tensors,
                                 const OptionalTensor& batch_sizes, bool reverse,
+                                const OptionalTensor& resets,
                                 const std::array<OptionalTensor, 4>& kept, const std::string& isa,
                                 const std::array<OptionalTensor, 4>& upstream, const Wanted& wanted,
                                 std::array<long, 2> planned,
                                 const std::vector<OptionalTensor>& sums, const std::string& clip,
                                 double limit, const OptionalTensor& dh_norms) {
-  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse);
+  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets);
   const Saved saved{kept[0].value(), kept[1], kept[2], kept[3], isa};
   const LayerGradients d{upstream[0], upstream[1], upstream[2], upstream[3]};
   const Call call = check_call(in);
@@ -345,6 +355,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("layer_forward", &forward);
   m.def("layer_backward", &backward);
+  m.def("parted_rows", &parted);
   m.def("partial_forward", &partial_forward);
   m.def("partial_backward", &partial_backward);
   m.def("run_stack", &stack);

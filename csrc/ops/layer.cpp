@@ -132,7 +132,7 @@ Call check_call(std::span<const LayerInputs> directions) {
 }
 
 Tensor parted_rows(const Call& call, const LayerInputs& in) {
-  if (!in.reverse) return in.resets->contiguous();
+  if (!in.reverse || in.parted) return in.resets->contiguous();
   const Tensor given = in.resets->reshape({call.rows});
   const Tensor after = at::cat({given, at::zeros({1}, given.options())});
   const Tensor next = at::empty({call.rows}, at::kLong);

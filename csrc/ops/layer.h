@@ -26,6 +26,7 @@ struct LayerInputs {
   OptionalTensor batch_sizes;
   bool reverse;
   OptionalTensor resets = {};  // bool, laid out like input's rows
+  bool parted = false;         // resets are parted_rows (call.h) already
 };
 
 // What the backward pass reads beside the inputs. For bfloat16 `cells` and `gates` are float, wider
