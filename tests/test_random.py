@@ -36,7 +36,7 @@ def expected(columns, p, kept, stream=9):
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("columns", [1, 4, 63, 64, 65, 300])
-def test_the_kernel_fills_what_numpy_does(columns, threads):
+def test_the_kernel_fills_what_numpy_does(columns, threads, isa):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         like = torch.empty(0, dtype=dtype)
         mask = random.mask(torch.tensor(SEED), 9, STEPS, ROWS, columns, 0.3, 2.0, like)

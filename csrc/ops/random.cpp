@@ -5,10 +5,16 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <string_view>
+#include <type_traits>
+
+#include "../cpu/dispatch.h"
 
 // One source for every instruction set: the compiler makes the variants, the loader takes one.
 #if defined(__x86_64__) && defined(__linux__) && !defined(RNN_EXT_EMULATED)
 #define RNN_EXT_VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
+#define RNN_EXT_AVX512 __attribute__((target("avx512f")))
+#include <immintrin.h>
 #else
 #define RNN_EXT_VARIANTS
 #endif
@@ -16,13 +22,13 @@
 namespace rnn_ext {
 namespace {
 
-constexpr int kLanes = 16, kWords = 4;
+constexpr int kLanes = 16, kWords = 4, kBlock = kLanes * kWords;
 constexpr uint64_t kWord = 0xFFFFFFFF;
 
 // Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), for the
-// counters (first, first + 1, ...; row; step; stream). words[lane][w] is word w of lane's counter.
+// counters (first, first + 1, ...; row; step; stream): four words of each, one after the other.
 RNN_EXT_VARIANTS void philox(uint64_t seed, uint32_t first, uint32_t row, uint32_t step,
-                             uint32_t stream, uint32_t (*words)[kWords]) {
+                             uint32_t stream, uint32_t* words) {
   // Words in 64-bit lanes: that way compilers find the vector instructions for the products.
   uint64_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
   for (int i = 0; i < kLanes; i++) c0[i] = first + i, c1[i] = row, c2[i] = step, c3[i] = stream;
@@ -38,21 +44,80 @@ RNN_EXT_VARIANTS void philox(uint64_t seed, uint32_t first, uint32_t row, uint32
     k0 = (k0 + 0x9E3779B9) & kWord, k1 = (k1 + 0xBB67AE85) & kWord;
   }
   for (int i = 0; i < kLanes; i++) {
-    words[i][0] = static_cast<uint32_t>(c0[i]), words[i][1] = static_cast<uint32_t>(c1[i]);
-    words[i][2] = static_cast<uint32_t>(c2[i]), words[i][3] = static_cast<uint32_t>(c3[i]);
+    words[i * kWords] = static_cast<uint32_t>(c0[i]);
+    words[i * kWords + 1] = static_cast<uint32_t>(c1[i]);
+    words[i * kWords + 2] = static_cast<uint32_t>(c2[i]);
+    words[i * kWords + 3] = static_cast<uint32_t>(c3[i]);
   }
 }
 
+#ifdef RNN_EXT_AVX512
+RNN_EXT_AVX512 inline __m512i lanes_of(uint64_t value) {
+  return _mm512_set1_epi64(static_cast<long long>(value));
+}
+
+// The same in one product of 32-bit words where compilers find none and take three of 64-bit lanes.
+RNN_EXT_AVX512 void philox_avx512(uint64_t seed, uint32_t first, uint32_t row, uint32_t step,
+                                  uint32_t stream, uint32_t* words) {
+  const __m512i factor0 = lanes_of(0xD2511F53), factor1 = lanes_of(0xCD9E8D57),
+                low = lanes_of(kWord);
+  __m512i c0[2], c1[2], c2[2], c3[2];
+  for (int i = 0; i < 2; i++) {
+    c0[i] = _mm512_add_epi64(lanes_of(first + 8 * i), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
+    c1[i] = lanes_of(row), c2[i] = lanes_of(step), c3[i] = lanes_of(stream);
+  }
+  uint64_t k0 = seed & kWord, k1 = seed >> 32;
+  for (int round = 0; round < 10; round++) {
+    for (int i = 0; i < 2; i++) {
+      // What stands above 32 bits has no effect. g++ 12 warns of the product without a mask.
+      const __m512i p0 = _mm512_maskz_mul_epu32(0xFF, c0[i], factor0),
+                    p1 = _mm512_maskz_mul_epu32(0xFF, c2[i], factor1);
+      c0[i] = (p1 >> 32) ^ c1[i] ^ lanes_of(k0);
+      c1[i] = p1;
+      c2[i] = (p0 >> 32) ^ c3[i] ^ lanes_of(k1);
+      c3[i] = p0;
+    }
+    k0 = (k0 + 0x9E3779B9) & kWord, k1 = (k1 + 0xBB67AE85) & kWord;
+  }
+  for (int i = 0; i < 2; i++) {
+    const __m512i a = (c0[i] & low) | (c1[i] << 32), b = (c2[i] & low) | (c3[i] << 32);
+    const __m512i first_half = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0),
+                  second_half = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
+    _mm512_storeu_si512(words + i * 32, _mm512_permutex2var_epi64(a, first_half, b));
+    _mm512_storeu_si512(words + i * 32 + 16, _mm512_permutex2var_epi64(a, second_half, b));
+  }
+}
+#endif
+
+// out = kept where a word is at least `threshold`, elsewhere 0
+RNN_EXT_VARIANTS void choose(const uint32_t* words, uint32_t threshold, float kept, float* out) {
+  for (int i = 0; i < kBlock; i++) out[i] = words[i] >= threshold ? kept : 0.0f;
+}
+RNN_EXT_VARIANTS void choose(const uint32_t* words, uint32_t threshold, double kept, double* out) {
+  for (int i = 0; i < kBlock; i++) out[i] = words[i] >= threshold ? kept : 0.0;
+}
+
+using Words = void (*)(uint64_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t*);
+
+// RNN_EXT_ISA decides here too.
+Words words_of_isa() {
+#ifdef RNN_EXT_AVX512
+  if (std::string_view(active_kernels().name).starts_with("avx512")) return philox_avx512;
+#endif
+  return philox;
+}
+
 template <class Value>
-void fill_row(Value* out, int64_t columns, uint64_t seed, uint32_t stream, uint32_t step,
-              uint32_t row, uint32_t threshold, Value kept) {
-  uint32_t words[kLanes][kWords];
-  const Value values[] = {Value(0), kept};  // a branch would be mispredicted
-  for (int64_t j = 0; j < columns; j += kLanes * kWords) {
-    philox(seed, static_cast<uint32_t>(j / kWords), row, step, stream, words);
-    const int64_t count = std::min<int64_t>(columns - j, kLanes * kWords);
-    for (int64_t i = 0; i < count; i++)
-      out[j + i] = values[words[i / kWords][i % kWords] >= threshold];
+void fill_row(Words words_of, Value* out, int64_t columns, uint64_t seed, uint32_t stream,
+              uint32_t step, uint32_t row, uint32_t threshold, Value kept) {
+  using Number = std::conditional_t<std::is_same_v<Value, double>, double, float>;
+  uint32_t words[kBlock];
+  Number block[kBlock];
+  for (int64_t j = 0; j < columns; j += kBlock) {
+    words_of(seed, static_cast<uint32_t>(j / kWords), row, step, stream, words);
+    choose(words, threshold, static_cast<Number>(kept), block);
+    const int64_t count = std::min<int64_t>(columns - j, kBlock);
+    for (int64_t i = 0; i < count; i++) out[j + i] = static_cast<Value>(block[i]);
   }
 }
 
@@ -68,13 +133,14 @@ at::Tensor random_mask(int64_t seed, int64_t stream, const at::Tensor& steps,
   const at::Tensor result = at::empty({count, columns}, dtype);
   const at::Tensor step = steps.to(at::kLong).contiguous(), row = rows.to(at::kLong).contiguous();
   const int64_t *s = step.const_data_ptr<int64_t>(), *r = row.const_data_ptr<int64_t>();
+  const Words words_of = words_of_isa();
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, result.scalar_type(), "random_mask", [&] {
         scalar_t* out = result.mutable_data_ptr<scalar_t>();
         const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
         at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; i++)
-            fill_row(out + i * columns, columns, static_cast<uint64_t>(seed),
+            fill_row(words_of, out + i * columns, columns, static_cast<uint64_t>(seed),
                      static_cast<uint32_t>(stream), static_cast<uint32_t>(s[i]),
                      static_cast<uint32_t>(r[i]), static_cast<uint32_t>(threshold),
                      static_cast<scalar_t>(kept));
