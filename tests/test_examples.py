@@ -152,3 +152,47 @@ def test_a_missing_package_is_a_sentence(name, run, monkeypatch, tmp_path):
         assert code == 2 and err.count("\n") == 1
         assert err.startswith("error: this example needs ") and "pip install" in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--tokens word --optimizer sgd --lr 2 --dropout 0.1 --dropout-kind token",
+        "--tokens word --sampling random --untied --min-count 3 --vocabulary 6",
+        "--dropout 0.1 --dropout-kind element --top-k 2 --prefix th",
+        "--dropout 0.1 --temperature 0 --prefix the",
+    ],
+    ids=lambda options: options.split(" --dropout")[0],
+)
+def test_language_models_of_a_text(run, tmp_path, options):
+    sentence = "the quick brown fox jumps over the lazy dog.\n"
+    (tmp_path / "text.txt").write_text(200 * sentence, encoding="utf-8")
+    tiny = "--text text.txt --hidden 24 --batch 4 --window 16 --steps 60 --length 40".split()
+    code, out, err = run("language_model", *tiny, "--no-compare", *options.split())
+    assert code == 0, err
+    assert float(re.search(r"^held-out perplexity +([\d.]+)", out, re.MULTILINE)[1]) < 9
+    assert "<unk>" in out or "--vocabulary" not in options
+    known = set(sentence) | set("<unk>")
+    sample = out.split("samples, temperature")[1].split(":\n\n")[1].split("\nsummary")[0]
+    assert set(sample) <= known and len(sample) >= 40
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("language_model", ["--text", "nowhere.txt"], "cannot read nowhere.txt"),
+        ("language_model", ["--text", "short.txt"], "is too short; lower --batch"),
+        ("language_model", ["--dropout", "1"], "--dropout is a probability below 1"),
+        ("language_model", ["--reber", "--text", "a.txt"], "leave --text out"),
+        ("music", ["--meter", "5/4", "--key", "Q"], "is not in the books"),
+        ("digits", ["--pooling", "most"], "--pooling: invalid choice"),
+        ("tagging", ["--color", "nowhere.py"], "cannot read nowhere.py"),
+    ],
+)
+def test_bad_input_is_a_sentence(run, tmp_path, name, options, words):
+    skip_without(name)
+    (tmp_path / "short.txt").write_text("a few words")
+    code, _, err = run(name, "--quick", *options)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert words in err
+    assert not (tmp_path / "runs").exists()
