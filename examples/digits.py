@@ -146,7 +146,7 @@ def draw_curves(axes, variants):
     for (cell, order, pooling), learner in variants.items():
         steps, scores = zip(*learner.held_out, strict=True)
         color = plots.CYCLE[("lstm", "irnn").index(cell) + 2 * ORDERS.index(order)]
-        style = "-" if pooling == "mean" else ":"
+        style = "-" if pooling == "last" else ":"
         label = f"{cell.upper()}, {order}, {pooling}"
         axes.plot(steps, [100 * s for s in scores], style, color=color, marker="o", label=label)
     axes.set(title="Test accuracy while training", xlabel="training step", ylabel="percent right")

@@ -60,8 +60,11 @@ def running_mean(values, width=None):
     return torch.arange(len(means)) + (width + 1) / 2, means, width
 
 
-def losses(axes, learners, label, factor=1.0, held_out=False):
-    """Training losses times factor; held_out: evaluate() returned losses too, drawn as marks."""
+def losses(axes, learners, label, factor=1.0, held_out=False, log=False):
+    """Training losses times factor; held_out: evaluate() returned losses too, drawn as marks.
+
+    log: the axis is logarithmic, for losses above zero that fall by orders of magnitude.
+    """
     lowest, highest = math.inf, -math.inf
     for name in reversed(list(learners)):
         learner = learners[name]
@@ -77,7 +80,9 @@ def losses(axes, learners, label, factor=1.0, held_out=False):
     room = 0.05 * (highest - lowest)
     axes.set(title="Loss", xlabel="training step", ylabel=label)
     axes.set(xlim=(0, 1.02 * len(learner.losses)))
-    if room > 0:
+    if log:
+        axes.set_yscale("log")
+    elif room > 0:
         axes.set_ylim(lowest - 2 * room, highest + room)
     axes.legend()
 

@@ -120,7 +120,7 @@ def main(arguments):
 def draw(args, learners, text, device):
     title = "Tagging the characters of Python programs, reading in both directions"
     with plots.figure(args.plot, title, "lb;pp", (12, 8), height_ratios=[1, 1.25]) as axes:
-        plots.losses(axes["l"], learners, "cross-entropy (nats per character)")
+        plots.losses(axes["l"], learners, "cross-entropy (nats per character)", log=True)
         draw_f1(axes["b"], learners)
         draw_program(axes["p"], learners["rnn_ext"].model, text, device)
 
@@ -128,12 +128,12 @@ def draw(args, learners, text, device):
 def draw_f1(axes, learners):
     for index, (name, learner) in enumerate(learners.items()):
         places = [place + 0.4 * index for place in range(len(CLASSES))]
-        values = learner.f1().tolist()
+        values = [100 * (1 - f1) for f1 in learner.f1().tolist()]
         bars = axes.bar(places, values, width=0.38, color=plots.COLORS[name], label=name)
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize="x-small")
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize="x-small")
     axes.set_xticks([place + 0.2 for place in range(len(CLASSES))], CLASSES)
-    axes.set(title="F1 on held-out programs", ylabel="F1", ylim=(0, 1.25))
-    axes.legend(ncols=2, loc="upper right")
+    axes.set(title="What F1 lacks on held-out programs", ylabel="1 \N{MINUS SIGN} F1 (percent)")
+    axes.legend()
 
 
 def draw_program(axes, model, text, device):
