@@ -53,7 +53,7 @@ def parse(arguments):
     add("--tunes", type=positive(int), default=20, help="tunes to write")
     add("--meter", default="6/8", help="of the new tunes: 6/8, 4/4, C|, ...")
     add("--key", default="G", help="of the new tunes: G, D, Em, Ador, ...")
-    add("--temperature", type=positive(float, or_zero=True), default=0.7)
+    add("--temperature", type=positive(float, or_zero=True), default=0.5)
     return parser.parse(arguments, "music", QUICK)
 
 

@@ -37,7 +37,7 @@ def labels(source):
         if kind:
             start, stop = starts[first - 1] + column, starts[last - 1] + end
             found[start:stop] = [kind] * (stop - start)
-        if "FSTRING" in name or last > first:
+        if last > first:
             inside.update(starts[first:last])
     return found, [start for start in starts[:-1] if start not in inside]
 
