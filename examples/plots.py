@@ -137,4 +137,5 @@ def step_times(axes, learners):
         xlabel="milliseconds (without the slowest)",
         ylabel="steps",
     )
-    axes.legend()
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(loc="upper right")
