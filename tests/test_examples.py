@@ -47,6 +47,15 @@ RUNS = {
         {"held-out macro-F1": (0.6, 1)},
         prints=["^F1 per class +blank", r"\x1b\[38;2;\d+;\d+;\d+m"],
     ),
+    "copy_task": Example(
+        {}, learns=False, prints=(r"steps: full BPTT ([2-9]), RTRL, chunked \1,",)
+    ),
+    "influence_balancing": Example(
+        {},
+        learns=False,
+        prints=(r"^RTRL, exact +-0\.166[67]", r"^truncated, 10 steps .* lost", "3 of 4 went"),
+    ),
+    "online_rtrl": Example({}, learns=False, prints=(r"exact RTRL had [789]\d\.\d% of all",)),
 }
 
 

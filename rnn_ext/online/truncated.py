@@ -18,12 +18,10 @@ __all__ = ["Window", "tbptt"]
 class Window:
     """What `tbptt` yields for k steps; ``output, state = window`` takes the first two.
 
-    output: of the module, part of the graph.
-    state: the module's state after the window's last step, part of the graph. What stands here
-        when the next window is asked for is carried on, detached; assign to change it.
-    steps: which steps of the stream these are, a slice.
-    targets: of these steps, or None.
-    loss: what ``loss`` returned, detached, or None.
+    ``output`` and ``state``, that of the window's last step, are the module's, part of the graph.
+    The state that stands here when the next window is asked for is carried on, detached; assign to
+    change it. ``steps`` is a slice: which steps of the stream these are. ``targets`` are of these
+    steps, ``loss`` is what the loss function returned, detached; each None if there is none.
     """
 
     output: Any
