@@ -25,6 +25,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _OF_HIDDEN = ("tanh", "relu", "sigmoid")
 _OF_OUTPUT = ("identity", "tanh", "sigmoid", "softmax")
 
+# Operations of a step on the CPU that take as long as calling torch's for it from Python.
+_CALLS = 1e6
+
 # Each as p tanh(q a) + r, where there are such numbers.
 _BY_TANH = {"tanh": (1.0, 1.0, 0.0), "sigmoid": (0.5, 0.5, 0.5)}
 
@@ -53,8 +56,10 @@ class JordanRNN(torch.nn.Module):
 
     Free running is one kernel call. With g = identity it is an Elman network with recurrent weights
     U V and input weights (W, U), fed c, or the target where its state is cut; with f and g among
-    tanh and sigmoid, one of twice the steps that turns (h, o) over. Other pairs are composed of
-    torch operations, with a `FallbackWarning`; teacher forcing never is.
+    tanh and sigmoid, one of twice the steps that turns (h, o) over. Both multiply wider matrices
+    than V and U; on the CPU, where that costs a million operations a step more, a loop over torch
+    operations is faster and runs instead. Other pairs have that loop alone, with a
+    `FallbackWarning`. Teacher forcing needs none.
 
     Args:
         input_size, hidden_size, output_size: I, H and O.
@@ -195,12 +200,12 @@ class JordanRNN(torch.nn.Module):
         return _ACTIVATIONS[self.output_nonlinearity](linear(h, self.weight_ho, self.bias_o))
 
     def _in_a_loop(self, x, y, first, forced):
-        f, g = self.nonlinearity, self.output_nonlinearity
-        if g == "identity":
-            return self._as_elman(x, y, first, forced)
-        if f in _BY_TANH and g in _BY_TANH:
-            return self._in_turn(x, y, first, forced)
-        backend = current()
+        f, g, backend = self.nonlinearity, self.output_nonlinearity, current()
+        if g == "identity" or (f in _BY_TANH and g in _BY_TANH):
+            run = self._as_elman if g == "identity" else self._in_turn
+            if backend == "auto" and self._wide(x):
+                run = self._composed
+            return run(x, y, first, forced)
         if backend not in ("auto", "reference"):
             raise RuntimeError(
                 f"JordanRNN: the backend {backend!r} cannot run this: {f} with {g} has no kernel"
@@ -211,6 +216,14 @@ class JordanRNN(torch.nn.Module):
                 "instead"
             )
         return self._composed(x, y, first, forced)
+
+    def _wide(self, x):
+        """Whether the kernels' products cost more than they save."""
+        if torch.compiler.is_compiling() or not x.is_cpu:
+            return False
+        h, o = self.hidden_size, self.output_size
+        product = h * h if self.output_nonlinearity == "identity" else 2 * (h + o) ** 2
+        return 2 * x.size(1) * (product - 2 * h * o) > _CALLS
 
     def _as_elman(self, x, y, first, forced):
         # h_t = f(W x_t + U c + b + U V h_{t-1}), as o_{t-1} = V h_{t-1} + c

@@ -148,6 +148,19 @@ def test_what_has_no_kernel_warns_once_and_is_refused_where_one_is_asked_for(f, 
             module(x)
 
 
+@each_way
+@each_fused
+def test_wide_layers_run_as_a_loop_because_that_is_faster(f, g, way, monkeypatch):
+    module, (x, y, forced, o_0) = make(f, g, sizes=(3, 300, 2)), problem(way, steps=3, batch=8)
+    with rnn_ext.use_backend("cpu"):
+        expected, gradients, _ = run(module, x, y, forced, o_0)
+    monkeypatch.setattr(JordanRNN, "_elman", None)
+    output, found, _ = run(module, x, y, forced, o_0)
+    assert (output - expected).abs().max() <= 1e-12
+    for actual, gradient in zip(found, gradients, strict=True):
+        assert (actual - gradient).abs().max() <= 1e-11
+
+
 # In use
 
 
