@@ -33,28 +33,27 @@ class InTorch:
         self.influence = w_hh.new_zeros(batch, rows, count)
 
     def step(self, x):
-        """Follows docs/learning.md: slopes of the state in every net input, D, and I."""
+        """As docs/learning.md has it: the slopes [B, states, G, H] of the state in W x + b and in
+        U h + b', D M, and I, which is added and never stored."""
         w_ih, w_hh, b_ih, b_hh = self.weights
         a, r = torch.addmm(b_ih, x, w_ih.t()), torch.addmm(b_hh, self.h, w_hh.t())
         slopes, jacobian = getattr(self, f"_gates_of_{self.gates}")(a, r, w_hh)
-        one = torch.ones_like(x[:, :1])
-        terms = []  # the slopes in W x + b, of W, and in U h + b', of U, then of both biases
-        for operand, side in ((x, 0), (self.before, 1), (one, 0), (one, 1)):
-            for_state = []
-            for slope in slopes[side]:  # [B, G, H] for each state
-                term = slope.unsqueeze(-1) * operand[:, None, None]  # [B, G, H, n]
-                if self.exact:  # [B, H, G, H, n]: unit j's parameters act on unit j
-                    term = torch.einsum("bghn,hk->bkghn", term, torch.eye(self.hidden))
-                for_state.append(term.flatten(2 if self.exact else 1))
-            terms.append(torch.cat(for_state, 1) if self.exact else torch.stack(for_state, 1))
-        immediate = torch.cat(terms, -1)
         if self.exact:
             rows = [torch.cat(row, 2) for row in jacobian]
             carried = torch.einsum("bij,bjp->bip", torch.cat(rows, 1), self.influence)
         else:
             d = torch.stack([torch.stack(row, 1) for row in jacobian], 1)  # [B, states, states, H]
             carried = torch.cat([self._by_unit(d, part) for part in self._parts()], -1)
-        self.influence = carried + immediate
+        self.influence = carried
+        one = torch.ones_like(x[:, :1])
+        operands = (x, 0), (self.before, 1), (one, 0), (one, 1)  # of W, U, b and b'
+        for part, (operand, side) in zip(self._parts(), operands):
+            part = part.unflatten(-1, (self.gates, self.hidden, -1))
+            if self.exact:  # a unit's own row: [B, states, H, G, H, n] to [B, states, G, n, H]
+                part = part.unflatten(1, (1 + self.lstm, self.hidden)).diagonal(dim1=2, dim2=4)
+                part += slopes[side].unsqueeze(3) * operand[:, None, None, :, None]
+            else:
+                part += slopes[side].unsqueeze(4) * operand[:, None, None, None]
         return self.h
 
     def _parts(self):
@@ -79,8 +78,8 @@ class InTorch:
 
     def _gates_of_1(self, a, r, w_hh):
         self.before, self.h = self.h, torch.tanh(a + r)
-        slope = (1 - self.h**2).unsqueeze(1)
-        return ([slope], [slope]), [[self._through(slope, w_hh)]]
+        slope = (1 - self.h**2)[:, None, None]
+        return (slope, slope), [[self._through(slope[:, 0], w_hh)]]
 
     def _gates_of_3(self, a, r, w_hh):
         (ar, az, an), (rr, rz, rn) = a.chunk(3, 1), r.chunk(3, 1)
@@ -91,7 +90,7 @@ class InTorch:
         s_r = s_n * rn * reset * (1 - reset)
         of_input, of_hidden = (torch.stack((s_r, s_z, s), 1) for s in (s_n, s_n * reset))
         jacobian = self._through(of_hidden, w_hh) + self._diagonal(z)
-        return ([of_input], [of_hidden]), [[jacobian]]
+        return (of_input.unsqueeze(1), of_hidden.unsqueeze(1)), [[jacobian]]
 
     def _gates_of_4(self, a, r, w_hh):
         i, f, g, o = (a + r).chunk(4, 1)
@@ -108,7 +107,8 @@ class InTorch:
         s_h[:, 3] = tanh_c * o * (1 - o)
         of_h = [self._through(s_h, w_hh), self._diagonal(through * f)]
         of_c = [self._through(s_c, w_hh), self._diagonal(f)]
-        return ([s_h, s_c], [s_h, s_c]), [of_h, of_c]
+        slopes = torch.stack((s_h, s_c), 1)
+        return (slopes, slopes), [of_h, of_c]
 
     def accumulate(self, d_h):
         if self.exact:
