@@ -51,6 +51,8 @@ class JordanRNN(torch.nn.Module):
     >>> mixed, _ = jordan(x, y, teacher_forcing=0.75)
     >>> further, _ = jordan(torch.randn(10, 8, 3), o_0=o_n)
 
+    ``o_0`` is what a stream carries on: ``tbptt(lambda x, o=None: jordan(x, o_0=o), ...)``.
+
     Parameters, which start uniform in +-1 / sqrt(H): ``weight_ih`` W [H, I], ``weight_oh`` U
     [H, O], ``bias_h`` b [H], ``weight_ho`` V [O, H], ``bias_o`` c [O].
 

@@ -184,6 +184,16 @@ def test_free_running_goes_on_where_it_was(f, g):
     assert (parts[1][1] - o_n).abs().max() <= 1e-14
 
 
+def test_windows_of_a_stream():
+    module, (x, y, _, _) = make(), problem("free")
+    losses = []
+    for window in rnn_ext.online.tbptt(lambda x, o=None: module(x, o_0=o), x, 4, targets=y):
+        losses.append((window.output - window.targets).square().sum())
+        losses[-1].backward()
+    assert (sum(losses) - (module(x)[0] - y).square().sum()).abs() <= 1e-12
+    assert module.weight_oh.grad.abs().sum() > 0
+
+
 @each_way
 @each_fused
 def test_layouts(f, g, way):
