@@ -22,13 +22,16 @@ constexpr long kMinRowsToPack = 8;
 constexpr long kUnitsPerColumn = 16;
 // A piece of the backward walk is so long that what each needs afresh (weights in the cache,
 // barriers) is little beside its products, and so short that working memory is little beside what
-// a layer saves, which grows with the gates.
+// a layer saves, which grows with the gates: LSTM layers can afford twice the rows where their
+// weights' gradients, which each piece reads and writes, are more than a cache holds.
 constexpr long kPieceRowsPerGate = 256, kMinPieceRows = 512, kMinPieceBytes = 1 << 20;
+constexpr long kCachedGradientBytes = 16 << 20;
 std::atomic<bool> short_pieces{false};
 
 long piece_rows(const PlanShape& s) {
   if (short_pieces) return 1;
-  return std::max({kPieceRowsPerGate * s.gates, kMinPieceRows,
+  const bool large = s.gates * s.hidden * (s.input + s.output) * 4 > kCachedGradientBytes;
+  return std::max({kPieceRowsPerGate * s.gates * (s.gates == 4 && large ? 2 : 1), kMinPieceRows,
                    kMinPieceBytes / (s.gates * s.hidden * s.value_bytes)});
 }
 
