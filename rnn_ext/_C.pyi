@@ -187,6 +187,38 @@ def random_mask(
     like: Tensor,
     /,
 ) -> Tensor: ...
+
+class TokenChoice:
+    def __init__(
+        self,
+        batch: int,
+        tokens: int,
+        steps: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        eos: int,
+        log_probs: bool,
+        beams: int,
+        length_penalty: float,
+        generator: torch.Generator | None,
+        /,
+    ) -> None: ...
+    def choose(self, logits: Tensor, /) -> tuple[Tensor, _Optional] | None: ...
+    def chosen(self) -> tuple[Tensor, Tensor, Tensor]: ...
+
+def generate(
+    cell: str,
+    embedding: Tensor,
+    layers: Sequence[Sequence[_Optional]],
+    head: Tensor,
+    head_bias: _Optional,
+    choice: TokenChoice,
+    h: Tensor,
+    c: _Optional,
+    first: _Optional,
+    /,
+) -> None: ...
 def gates_width(cell: str, hidden: int, real_bytes: int, /) -> int: ...
 def plan_cpu(
     cell: str,

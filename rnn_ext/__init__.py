@@ -58,6 +58,7 @@ from . import converters, functional, online, reference  # noqa: E402
 from .backend import FallbackWarning, backends, use_backend  # noqa: E402
 from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
 from .diagnostics import GradientFlow, gradient_flow  # noqa: E402
+from .generation import Generated, decode, encode, generate  # noqa: E402
 from .jordan import JordanRNN  # noqa: E402
 from .modules import GRU, LSTM, RNN  # noqa: E402
 from .plan import Plan, explain  # noqa: E402
@@ -70,6 +71,7 @@ __all__ = [
     "RNN",
     "FallbackWarning",
     "GRUCell",
+    "Generated",
     "GradientFlow",
     "JordanRNN",
     "LSTMCell",
@@ -79,8 +81,11 @@ __all__ = [
     "accelerate",
     "backends",
     "converters",
+    "decode",
+    "encode",
     "explain",
     "functional",
+    "generate",
     "gradient_flow",
     "online",
     "quantize_weights",

@@ -71,7 +71,7 @@ def _exchange(model, caller, classes):
     """Gives each module of ``model`` the class that replaces its own; returns those changed."""
     changed = [module for _, module in _exchangeable(model, caller, classes)]
     for module in changed:
-        own = _own_class(module)
+        own = own_class(module)
         if own is type(module):
             module.__class__ = classes[own]
         else:
@@ -88,10 +88,10 @@ def _exchange(model, caller, classes):
 def _exchangeable(model, caller, classes):
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
-    return [item for item in model.named_modules() if _own_class(item[1]) in classes]
+    return [item for item in model.named_modules() if own_class(item[1]) in classes]
 
 
-def _own_class(module):
+def own_class(module):
     """The module's class, without what `torch.nn.utils.parametrize` put in front of it."""
     if parametrize.is_parametrized(module):
         return type(module).__bases__[0]

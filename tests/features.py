@@ -106,6 +106,8 @@ FEATURES = {
         row("the gradient clipped at every step (`grad_clip`)", "test_gradient_control.py::test_clipped_gradients_follow_the_reference", probes.grad_clip, SAME),
         row("the gradient's norm at every step (`gradient_flow`)", "test_gradient_control.py::test_gradient_flow_is_that_of_a_loop", "no: hooks see the output, not dL/dh_t", SAME),
         row("real-time recurrent learning (`online.RTRL`)", "test_rtrl.py::test_gradients_are_those_of_bptt test_rtrl.py::test_memory_does_not_grow_with_the_stream", "no: backpropagation alone", SAME),
+        row("tokens of a language model, sampled in one call (`generate`)", "test_generation.py::test_tokens_are_those_of_the_usual_loop_over_torch_nn test_generation.py::test_a_sequence_ends_at_eos", "no: a Python loop", SAME),
+        row("beam search, and encoder-decoders (`encode`, `decode`)", "test_generation_choice.py::test_beam_search_is_that_of_the_reference test_generation.py::test_encoder_and_decoder", "no: a Python loop", SAME),
         row("truncated BPTT over a stream (`online.tbptt`)", "test_tbptt.py::test_one_window_is_full_bptt test_tbptt.py::test_windows_are_bptt_from_a_detached_state", "no: a Python loop", SAME),
         row("which kernel would run, and why", "test_backends.py::test_explain_says_what_runs_and_why", "no: nothing to ask", SAME),
     ],

@@ -138,6 +138,17 @@ def test_functions() -> None:
     )
 
 
+def test_generated_tokens() -> None:
+    model = torch.nn.Embedding(5, 4), rnn_ext.GRU(4, 6), torch.nn.Linear(6, 5)
+    tokens = assert_type(rnn_ext.generate(*model, [[1, 2], [3, 4]], 3, top_k=2, seed=0), Tensor)
+    result = assert_type(
+        rnn_ext.generate(*model, tokens, 2, beams=2, return_log_probs=True), rnn_ext.Generated
+    )
+    assert assert_type(result.log_probs, Tensor).shape == (2,) and result.tokens.shape == (2, 7)
+    state = rnn_ext.encode(*model[:2], tokens)
+    assert kinds(assert_type(rnn_ext.decode(*model, state, 1, 3), Tensor)) is Tensor
+
+
 def test_models_keep_their_type() -> None:
     model = torch.nn.Sequential(torch.nn.GRU(4, 6))
     assert assert_type(rnn_ext.accelerate(model), torch.nn.Sequential) is model

@@ -77,13 +77,14 @@ class Forward {
   static constexpr int lanes = kLanes<value>;
 
  public:
-  explicit Forward(const ForwardArgs<value>& args)
+  // stepwise: driven by a loop outside (generate.h) over calls of one step, with the functions that
+  // follow run().
+  explicit Forward(const ForwardArgs<value>& args, bool stepwise = false)
       : a_(args),
+        stepwise_(stepwise),
         hidden_(args.sizes.hidden),
         output_(args.sizes.output),
-        width_(panels_of<value, Gates>(hidden_) * Gates::vectors * lanes) {}
-
-  void run() {
+        width_(panels_of<value, Gates>(hidden_) * Gates::vectors * lanes) {
     input_ = {a_.weights.ih, hidden_, a_.sizes.input, nullptr};
     first_ = {a_.weights.hh, hidden_, output_, nullptr};
     if constexpr (Cell::has_cell_state)
@@ -93,7 +94,9 @@ class Forward {
                  nullptr};
     keep_all_gates_ = save && Cell::keeps_gates && a_.gates;
     keep_all_middle_ = save && Cell::keeps_middle && a_.middle;
+  }
 
+  void run() {
     Arena sizes;
     lay_out(sizes);
     Scratch scratch(sizes.used());
@@ -103,7 +106,8 @@ class Forward {
     run_team(a_.plan.threads, [this](const Member& m) { work(m); });
   }
 
- private:
+  // lay_out and pack_bias come once, and pack_weights on all members; then project and step on all,
+  // in turn with what the loop puts in the arguments (x, h0 and out of a step).
   void lay_out(Arena& arena) {
     bias_ = arena.take<real>(width_);
     hidden_bias_ = arena.take<real>(blocks_of<value>(hidden_) * lanes);
@@ -120,14 +124,6 @@ class Forward {
     middle_ = keep_all_middle_ || !Cell::keeps_middle ? a_.middle
                                                       : arena.take<value>(a_.steps.batch * hidden_);
   }
-
-  long chunk_steps() const {
-    const long steps = kProjectionRows / (a_.steps.batch ? a_.steps.batch : 1);
-    return steps < 1 ? 1 : steps > a_.steps.count ? a_.steps.count : steps;
-  }
-  // All steps are one chunk: the recurrent weights take the place of W.
-  bool input_leads() const { return chunk_steps() == a_.steps.count; }
-  long chunk_rows() const { return chunk_steps() * a_.steps.batch; }
 
   // bias_: b_ih + b_hh in the order of the gates; a cell with split_bias keeps b_hh of its last
   // gate apart.
@@ -146,19 +142,44 @@ class Forward {
       }
   }
 
+  real* gates() const { return gates_; }  // x W of the step's rows
+  long gates_width() const { return width_; }
+  // This member's part of a row of gates.
+  long gates_begin(const Member& m) const {
+    return m.begin(input_.count()) * Gates::vectors * lanes;
+  }
+  long gates_end(const Member& m) const { return m.end(input_.count()) * Gates::vectors * lanes; }
+  void pack_weights(const Member& member) const {
+    if (!a_.plan.pack) return;
+    pack(input_, member);
+    if (!input_leads()) pack(first_, member);
+    if constexpr (Cell::phases == 2) pack(second_, member);
+  }
+  void project(const Member& member) const { project(share_of(member), 0, 1); }
+  void step(const Member& member) const { step(share_of(member), 0, 0); }
+
+ private:
+  long chunk_steps() const {
+    const long steps = kProjectionRows / (a_.steps.batch ? a_.steps.batch : 1);
+    return steps < 1 ? 1 : steps > a_.steps.count ? a_.steps.count : steps;
+  }
+  // All steps are one chunk: the recurrent weights take the place of W.
+  bool input_leads() const { return !stepwise_ && chunk_steps() == a_.steps.count; }
+  long chunk_rows() const { return chunk_steps() * a_.steps.batch; }
+
   template <class Shape>
   static void pack(const Panels<value, Shape>& panels, const Member& m) {
     panels.pack(m.begin(panels.count()), m.end(panels.count()));
   }
 
+  Share share_of(const Member& member) const {
+    return {member, member.count == 1 ? Split::kNone : a_.plan.split, a_.steps.batch};
+  }
+
   void work(const Member& member) const {
-    const Share share{member, member.count == 1 ? Split::kNone : a_.plan.split, a_.steps.batch};
-    if (a_.plan.pack) {
-      pack(input_, member);
-      if (!input_leads()) pack(first_, member);
-      if constexpr (Cell::phases == 2) pack(second_, member);
-      member.wait();
-    }
+    const Share share = share_of(member);
+    pack_weights(member);
+    if (a_.plan.pack) member.wait();
     const long steps = chunk_steps();
     for (long i = 0; i < a_.steps.count; i += steps) {
       const long end = i + steps < a_.steps.count ? i + steps : a_.steps.count;
@@ -287,6 +308,7 @@ class Forward {
   }
 
   const ForwardArgs<value>& a_;
+  const bool stepwise_;
   const long hidden_, output_, width_;
   bool keep_all_gates_ = false, keep_all_middle_ = false;
   Panels<value, Gates> input_{};

@@ -3,8 +3,10 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <utility>
 
+#include "generate_problem.h"
 #include "problem.h"
 #include "rtrl_problem.h"
 #include "scratch.h"
@@ -22,5 +24,7 @@
                                  isa::run_backward<double>,          \
                                  isa::run_quantized,                 \
                                  &isa::rtrl_kernels<float>,          \
-                                 &isa::rtrl_kernels<double>};        \
+                                 &isa::rtrl_kernels<double>,         \
+                                 isa::run_generate<float>,           \
+                                 isa::run_generate<double>};         \
   }

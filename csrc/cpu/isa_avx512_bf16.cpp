@@ -22,6 +22,7 @@ const Bfloat16Kernels bfloat16_avx512 = {
     []() -> bool { return __builtin_cpu_supports("avx512bf16"); },
     avx512_bf16::run_forward<BFloat16>,
     avx512_bf16::run_backward<BFloat16>,
+    avx512_bf16::run_generate<BFloat16>,
 };
 }  // namespace rnn_ext
 #ifdef __clang__

@@ -1,8 +1,8 @@
 // Everything above, instantiated for every cell and dtype: the table that isa_*.cpp exports.
 #pragma once
 #include "backward.h"
+#include "generate.h"
 #ifndef RNN_EXT_BFLOAT16
-#include "quantized.h"
 #include "rtrl.h"
 #endif
 
@@ -49,6 +49,19 @@ inline void run_quantized(CellKind kind, const QuantizedArgs& args) {
                    [&](auto cell) { QuantizedForward<decltype(cell)>(args).run(); });
 }
 #endif
+
+template <class value>
+void run_generate(CellKind kind, const GenerateArgs<value>& args) {
+#ifndef RNN_EXT_BFLOAT16
+  if constexpr (sizeof(value) == sizeof(float))
+    if (args.quantized)
+      return with_cell<float>(kind, args.quantized->projected, [&](auto cell) {
+        Generation<QuantizedLayer<decltype(cell)>>(args).run();
+      });
+#endif
+  with_cell<value>(kind, args.weights->hr,
+                   [&](auto cell) { Generation<DenseLayer<value, decltype(cell)>>(args).run(); });
+}
 
 template <class value>
 long gates_width(CellKind kind, long hidden) {

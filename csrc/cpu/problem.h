@@ -139,12 +139,15 @@ struct BackwardArgs {
 struct QuantizedArgs;  // quantized_problem.h
 template <class real>
 struct RtrlKernels;  // rtrl_problem.h
+template <class value>
+struct GenerateArgs;  // generate_problem.h
 
 // The kernels that multiply bfloat16, where the CPU does.
 struct Bfloat16Kernels {
   bool (*supported)();
   void (*forward)(CellKind, const ForwardArgs<BFloat16>&);
   void (*backward)(CellKind, const BackwardArgs<BFloat16>&);
+  void (*generate)(CellKind, const GenerateArgs<BFloat16>&);
 };
 
 // Kernels of one instruction set.
@@ -159,6 +162,8 @@ struct Kernels {
   void (*quantized)(CellKind, const QuantizedArgs&);
   const RtrlKernels<float>* rtrl_float;
   const RtrlKernels<double>* rtrl_double;
+  void (*generate_float)(CellKind, const GenerateArgs<float>&);
+  void (*generate_double)(CellKind, const GenerateArgs<double>&);
   const Bfloat16Kernels* bfloat16 = nullptr;  // null: bfloat16 is converted to float
 };
 

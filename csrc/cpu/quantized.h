@@ -29,17 +29,11 @@ class QuantizedForward {
     Scratch scratch(sizes.used());
     Arena arena(scratch.data());
     lay_out(arena);
-    arrange_bias();
+    pack_bias();
     run_team(a_.threads, [this](const Member& member) { work(member); });
   }
 
- private:
-  bool uses_digits() const {
-    const Sizes& s = a_.sizes;
-    return kHasDigits && a_.vnni && a_.ih.scales && s.input <= kMaxDigitDepth &&
-           s.hidden <= kMaxDigitDepth;
-  }
-
+  // As in Forward, for a loop outside over calls of one step.
   void lay_out(Arena& arena) {
     bias_ = arena.take<float>(width_);
     hidden_bias_ = arena.take<float>(width_ / Cell::gates);
@@ -52,14 +46,9 @@ class QuantizedForward {
     }
   }
 
-  long chunk_steps() const {
-    const long steps = kChunkRows / (a_.steps.batch ? a_.steps.batch : 1);
-    return steps < 1 ? 1 : steps > a_.steps.count ? a_.steps.count : steps;
-  }
-
   // bias_: b_ih + b_hh, [blocks of kLanes][gates][kLanes]; a cell with split_bias keeps b_hh of its
   // last gate apart.
-  void arrange_bias() {
+  void pack_bias() {
     for (long i = 0; i < width_; i++) bias_[i] = 0;
     for (long i = 0; i < width_ / Cell::gates; i++) hidden_bias_[i] = 0;
     if (!a_.b_ih) return;
@@ -76,10 +65,41 @@ class QuantizedForward {
     }
   }
 
-  void work(const Member& member) const {
+  float* gates() const { return gates_; }
+  long gates_width() const { return width_; }
+  long gates_begin(const Member& m) const { return m.begin(input_.count()) * input_.width; }
+  long gates_end(const Member& m) const { return m.end(input_.count()) * input_.width; }
+  void pack_weights(const Member&) const {}  // they are packed
+  void project(const Member& member) const {
+    Digits own = digits_of(member);
+    project(member, 0, 1, uses_digits() ? &own : nullptr);
+  }
+  void step(const Member& member) const {
+    Digits own = digits_of(member);
+    step(member, 0, 0, uses_digits() ? &own : nullptr);
+  }
+
+ private:
+  bool uses_digits() const {
+    const Sizes& s = a_.sizes;
+    return kHasDigits && a_.vnni && a_.ih.scales && s.input <= kMaxDigitDepth &&
+           s.hidden <= kMaxDigitDepth;
+  }
+
+  long chunk_steps() const {
+    const long steps = kChunkRows / (a_.steps.batch ? a_.steps.batch : 1);
+    return steps < 1 ? 1 : steps > a_.steps.count ? a_.steps.count : steps;
+  }
+
+  Digits digits_of(const Member& member) const {
     Digits own;
     own.row_bytes = digit_bytes_;
     own.planes = digits_ + member.id * 2 * kDigitRows * digit_bytes_;
+    return own;
+  }
+
+  void work(const Member& member) const {
+    Digits own = digits_of(member);
     Digits* digits = uses_digits() ? &own : nullptr;
     const long steps = chunk_steps();
     for (long i = 0; i < a_.steps.count; i += steps) {

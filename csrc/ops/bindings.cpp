@@ -24,6 +24,8 @@ namespace py = pybind11;
 using namespace rnn_ext;
 using at::Tensor;
 
+void define_generation(py::module_& m);  // generation_bindings.cpp
+
 namespace {
 
 // Everything below leaves the interpreter lock to other threads while it computes.
@@ -366,6 +368,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rtrl_influence", &influence_of);
   m.def("rtrl_step", &step_online);
   m.def("rtrl_accumulate", &accumulate_online);
+  define_generation(m);
   m.def("both_forward", &forward_both);
   m.def("both_backward", &backward_both);
   m.def("random_mask", [](int64_t seed, int64_t stream, const Tensor& steps, const Tensor& rows,

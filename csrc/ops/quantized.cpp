@@ -10,7 +10,6 @@
 #include <cstring>
 
 #include "../cpu/dispatch.h"
-#include "../cpu/quantized_problem.h"
 
 namespace rnn_ext {
 namespace {
@@ -27,14 +26,6 @@ int threads_for(long gates, const Sizes& s, const Steps& steps) {
   const long strips = (s.hidden + kStrip - 1) / kStrip;
   if (all < kMinFlopsForTeam || per_step < kMinFlopsPerBarrier) return 1;
   return static_cast<int>(std::min<long>(at::get_num_threads(), strips));
-}
-
-bool cpu_has_vnni() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512vnni");
-#else
-  return false;
-#endif
 }
 
 Tensor plain(const char* name, const Tensor& t) {
@@ -103,18 +94,51 @@ std::vector<int64_t> offsets_of(const Tensor& input, const OptionalTensor& batch
 
 }  // namespace
 
+bool cpu_has_vnni() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+QuantizedArgs quantized_args(CellKind kind, const Sizes& sizes, const QuantizedWeights& weights,
+                             std::vector<Tensor>& held) {
+  const long gates = cell_gates(kind);
+  const bool before = kind == CellKind::kGruResetBefore;
+  QuantizedArgs args{};
+  args.sizes = sizes;
+  args.projected = kind == CellKind::kLstm && weights.second.has_value();
+  TORCH_CHECK(args.projected || sizes.hidden == sizes.output,
+              "quantized layer: sizes of hx differ");
+  args.ih = matrix("weight_ih", weights.ih, weights.ih_scales, gates, sizes.hidden, sizes.input);
+  args.hh = matrix("weight_hh", weights.hh, weights.hh_scales, before ? 2 : gates, sizes.hidden,
+                   sizes.output);
+  if (before || args.projected)
+    args.second = matrix("the second recurrent matrix", weights.second, weights.second_scales, 1,
+                         args.projected ? sizes.output : sizes.hidden, sizes.hidden);
+  if (weights.b_ih && weights.b_hh) {
+    const auto bias = [&](const char* name, const Tensor& t) {
+      held.push_back(plain(name, t));
+      check_shape(name, held.back(), {gates * sizes.hidden});
+      return held.back().const_data_ptr<float>();
+    };
+    args.b_ih = bias("bias_ih", *weights.b_ih);
+    args.b_hh = bias("bias_hh", *weights.b_hh);
+  }
+  return args;
+}
+
 StackOutputs quantized_layer(const std::string& cell, const Tensor& input, const Tensor& h0,
                              const OptionalTensor& c0, const QuantizedWeights& weights,
                              const OptionalTensor& batch_sizes, bool reverse) {
   const CellKind kind = cell_kind(cell);
-  const bool lstm = kind == CellKind::kLstm, before = kind == CellKind::kGruResetBefore;
+  const bool lstm = kind == CellKind::kLstm;
   const long gates = cell_gates(kind);
   TORCH_CHECK(input.dim() == (batch_sizes ? 2 : 3), "quantized layer: input of rank ", input.dim());
   TORCH_CHECK(h0.dim() == 2 && lstm == c0.has_value(), "quantized layer: states do not fit ", cell);
   const Tensor x = plain("input", input), h = plain("hx", h0);
   const Sizes sizes{x.size(-1), lstm ? c0->size(-1) : h.size(1), h.size(1)};
-  const bool projected = lstm && weights.second.has_value();
-  TORCH_CHECK(projected || sizes.hidden == sizes.output, "quantized layer: sizes of hx differ");
   const std::vector<int64_t> offsets = offsets_of(x, batch_sizes);
   const Steps steps{static_cast<long>(offsets.size()) - 1, offsets.size() > 1 ? offsets[1] : 0,
                     offsets.data(), reverse};
@@ -122,24 +146,9 @@ StackOutputs quantized_layer(const std::string& cell, const Tensor& input, const
   TORCH_CHECK(!batch_sizes || steps.total() == x.size(0),
               "quantized layer: batch_sizes do not fit");
 
-  QuantizedArgs args{};
+  std::vector<Tensor> held;
+  QuantizedArgs args = quantized_args(kind, sizes, weights, held);
   args.steps = steps;
-  args.sizes = sizes;
-  args.ih = matrix("weight_ih", weights.ih, weights.ih_scales, gates, sizes.hidden, sizes.input);
-  args.hh = matrix("weight_hh", weights.hh, weights.hh_scales, before ? 2 : gates, sizes.hidden,
-                   sizes.output);
-  if (before || projected)
-    args.second = matrix("the second recurrent matrix", weights.second, weights.second_scales, 1,
-                         projected ? sizes.output : sizes.hidden, sizes.hidden);
-  Tensor b_ih, b_hh;
-  if (weights.b_ih && weights.b_hh) {
-    b_ih = plain("bias_ih", *weights.b_ih);
-    b_hh = plain("bias_hh", *weights.b_hh);
-    check_shape("bias_ih", b_ih, {gates * sizes.hidden});
-    check_shape("bias_hh", b_hh, {gates * sizes.hidden});
-    args.b_ih = b_ih.const_data_ptr<float>();
-    args.b_hh = b_hh.const_data_ptr<float>();
-  }
 
   StackOutputs out;
   std::vector<int64_t> shape = x.sizes().vec();
@@ -150,7 +159,6 @@ StackOutputs quantized_layer(const std::string& cell, const Tensor& input, const
     check_shape("hx", *out.c_n, {steps.batch, sizes.hidden});
     args.c = out.c_n->mutable_data_ptr<float>();
   }
-  args.projected = projected;
   args.x = x.const_data_ptr<float>();
   args.h0 = h.const_data_ptr<float>();
   args.out = out.output.mutable_data_ptr<float>();

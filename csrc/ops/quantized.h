@@ -1,5 +1,6 @@
 // A layer over weights of fewer bits: inference on the CPU in float32.
 #pragma once
+#include "../cpu/quantized_problem.h"
 #include "stack.h"
 
 namespace rnn_ext {
@@ -10,6 +11,13 @@ struct QuantizedWeights {
   at::Tensor ih, hh;
   OptionalTensor second, ih_scales, hh_scales, second_scales, b_ih, b_hh;
 };
+
+// What a kernel reads of the weights of a layer of these sizes: matrices, biases and whether there is
+// a projection, checked. Copies are kept alive in `held`.
+QuantizedArgs quantized_args(CellKind kind, const Sizes& sizes, const QuantizedWeights& weights,
+                             std::vector<at::Tensor>& held);
+// Whether the CPU multiplies bytes.
+bool cpu_has_vnni();
 
 // input [T, B, I], or [N, I] with batch_sizes; h0 [B, P]; c0 [B, H]. Throws where something is not
 // a plain float32 tensor on the CPU, or shapes do not fit.

@@ -33,6 +33,7 @@ from .cells import (
     lstm_step_backward,
     sigmoid,
 )
+from .generation import beam_search, sample
 from .jordan import JordanGradients, JordanResult, JordanWeights, jordan, jordan_backward
 from .rtrl import OnlineResult, rtrl, touched
 from .sequence import CELLS, Cell, Gradients, Result, backward, forward, hidden_gradients
@@ -52,6 +53,7 @@ __all__ = [
     "StepGradients",
     "Weights",
     "backward",
+    "beam_search",
     "elman_step",
     "elman_step_backward",
     "forward",
@@ -66,6 +68,7 @@ __all__ = [
     "lstm_step_backward",
     "random",
     "rtrl",
+    "sample",
     "sigmoid",
     "touched",
 ]
