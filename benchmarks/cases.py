@@ -20,8 +20,9 @@ class Case:
     """One call of a module, and how it is measured.
 
     ragged: a PackedSequence. stateful: the call is given a state. resets: at this share of the
-    steps of a sequence a new episode begins. neighbours: processes that keep a CPU busy meanwhile.
-    threads: measured with so many, unless the user says otherwise.
+    steps of a sequence a new episode begins. vocabulary: if not 0, a language model generates
+    the steps, tokens of so many. neighbours: processes that keep a CPU busy meanwhile. threads:
+    measured with so many, unless the user says otherwise.
     """
 
     group: str
@@ -34,6 +35,7 @@ class Case:
     ragged: bool = False
     stateful: bool = False
     resets: float = 0.0
+    vocabulary: int = 0
     dtype: str = "float32"
     neighbours: int = 0
     threads: tuple = (ALL,)
@@ -47,6 +49,7 @@ class Case:
         parts += ["bi"] if self.bidirectional else []
         parts += ["ragged"] if self.ragged else []
         parts += ["resets"] if self.resets else []
+        parts += [f"v{self.vocabulary}"] if self.vocabulary else []
         parts += ["busy"] if self.neighbours else []
         return "-".join(parts)
 
@@ -104,6 +107,9 @@ def products(case, cell, mode):
         if training:
             found += [project, recur]  # gradients of the input and of the previous state
             found += [Product(p.flops, 0, 0, 0) for p in (project, recur)]  # and of the weights
+    if case.vocabulary:
+        weights = case.vocabulary * case.hidden
+        found.append(Product(2.0 * tokens * weights, item * weights, case.steps, item * weights))
     return found
 
 
@@ -195,6 +201,12 @@ def _beyond():
     return [Case("beyond", batch, 64, 256, 256, **common) for batch in (4, 128)]
 
 
+def _generate():
+    common = {"vocabulary": 100, "threads": (1, ALL), "modes": ("inference",)}
+    shapes = [(1, 1), (1, 2), (16, 1)]
+    return [Case("generate", n, 100, 256, 256, layers=layers, **common) for n, layers in shapes]
+
+
 def _online():
     shapes = [(batch, 1, h, h) for batch in (1, 16) for h in (32, 64, 128)]
     found = [Case("online", *shape, threads=(1,), modes=("exact", "snap1")) for shape in shapes]
@@ -260,6 +272,7 @@ GROUPS = {
     "busy": ("with one other busy process on the machine", _busy),
     "beyond": ("what torch.nn's users write a loop over its cells for", _beyond),
     "online": ("real-time recurrent learning beside torch operations", _online),
+    "generate": ("tokens of a language model, sampled one after the other", _generate),
     "deepbench": ("DeepBench's lists, up to 12 GFLOP a forward pass", _deepbench),
     "torch-rnn": ("torch-rnn's grid of character models", _torch_rnn),
 }

@@ -98,6 +98,7 @@ def results(record):
         _stream,
         _badly_served,
         _beyond,
+        _generate,
         _memory,
         _online,
     )
@@ -216,6 +217,16 @@ def _beyond(rows):
     text = "resets in 1 % of the steps cost the LSTM, 1.0 is none"
     chosen = rows.pick("beyond", cell="lstm")
     return found + worst(text, 1.05, chosen, cost, 2, at_most=True)
+
+
+def _generate(rows):
+    found = []
+    for threads in sorted({1, rows.threads}):
+        cases = tuple(f"b1-t100-i256-h256{layers}-v100" for layers in ("", "-l2"))
+        chosen = rows.pick("generate", threads, cell="lstm", case=cases)
+        text = f"tokens of an LSTM against a loop over torch.nn's, {threads} thread"
+        found += worst(text + "s" * (threads > 1), 10.0, chosen, against(TORCH), 2)
+    return found
 
 
 def _memory(rows):

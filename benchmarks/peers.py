@@ -45,6 +45,8 @@ def obstacle(name, case, cell, training):
     asked."""
     if case.resets and name != TORCH:
         return f"{name} knows no resets"
+    if case.vocabulary and name != TORCH:
+        return f"{name} has no loop that generates tokens"
     if case.group == "online" and name != TORCH:
         return f"{name} has no online learning"
     if name == "torch.compile":

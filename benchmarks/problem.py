@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from . import language
 from .cases import Case
 
 CLASSES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
@@ -107,6 +108,8 @@ def calls(problem, module, training):
 
     Training is forward and backward, with gradients of the input and of every parameter.
     """
+    if problem.case.vocabulary:
+        return language.calls(problem, module)
     input, state = problem.input, problem.state
     options = {} if problem.resets is None else {"resets": problem.resets}
     if not training:
