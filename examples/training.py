@@ -234,3 +234,10 @@ def summary(learners, args, *written):
         parts.append(f"{ratio:.2f} times as fast as torch.nn")
     files = ", ".join(map(str, [args.checkpoint, args.plot, *written]))
     print(f"\nsummary  {'; '.join(parts)}; wrote {files}")
+
+
+def map_state(function, state):
+    """function of a layer's state, or of each part of an LSTM's; None, the zero state, stays."""
+    if isinstance(state, tuple):
+        return tuple(map(function, state))
+    return None if state is None else function(state)

