@@ -82,6 +82,7 @@ EXAMPLES = [
     "farama-notifications",
     "cloudpickle",
     "Faker",
+    "astropy-iers-data",
 ]
 BUILD_VARIABLES = ["CXX", "CXXFLAGS", "CFLAGS", "LDFLAGS", "TORCH_CUDA_ARCH_LIST"]
 BUILD_INPUTS = ["csrc/**/*", "build_backend/*.py", "setup.py", "pyproject.toml"]
