@@ -71,6 +71,12 @@ RUNS = {
         needs=["astropy_iers_data"],
         prints=[r"^the error of rnn_ext's forecasts is [1-6]\d% of that of 'as the last day'"],
     ),
+    "control": Example(
+        {"return of the policy": (60, 500)},  # of one that does nothing: 9.5
+        needs=["gymnasium"],
+        learns=False,  # it does, but poles fall when rounding errors say so
+        prints=[r"^speed +rnn_ext trains \d+\.\d\d times", r"^torch.nn +last 100 episodes"],
+    ),
 }
 
 
