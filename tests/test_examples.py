@@ -77,6 +77,14 @@ RUNS = {
         learns=False,  # it does, but poles fall when rounding errors say so
         prints=[r"^speed +rnn_ext trains \d+\.\d\d times", r"^torch.nn +last 100 episodes"],
     ),
+    "gradient_health": Example(
+        {"mean test accuracy of the four": (18, 100)},
+        needs=["sklearn"],
+        prints=[
+            r"^agreement  gradient_flow .*: \de-0[5-9]$",
+            r"^IRNN x 1.2, free +\d\.\de\+0[3-5]$",
+        ],
+    ),
 }
 
 
