@@ -219,6 +219,33 @@ def generate(
     first: _Optional,
     /,
 ) -> None: ...
+def normalized_forward(
+    cell: str,
+    tensors: Sequence[_Optional],
+    extras: Sequence[_Optional],
+    batch_sizes: _Optional,
+    reverse: bool,
+    resets: _Optional,
+    save: bool,
+    /,
+) -> tuple[Any, ...]: ...
+def normalized_backward(
+    cell: str,
+    tensors: Sequence[_Optional],
+    extras: Sequence[_Optional],
+    batch_sizes: _Optional,
+    reverse: bool,
+    resets: _Optional,
+    kept: Sequence[_Optional],
+    isa: str,
+    upstream: Sequence[_Optional],
+    wanted: Sequence[bool],
+    /,
+) -> list[_Optional]: ...
+def record_width(cell: str, hidden: int, normalized: bool, real_bytes: int, /) -> int: ...
+def plan_rows(
+    cell: str, dtype: str, steps: int, batch: int, input: int, hidden: int, /
+) -> dict[str, Any]: ...
 def gates_width(cell: str, hidden: int, real_bytes: int, /) -> int: ...
 def plan_cpu(
     cell: str,

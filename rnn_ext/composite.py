@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from . import normalization
+
 __all__ = ["STEPS", "layer"]
 
 _ACTIVATIONS = {"rnn_tanh": torch.tanh, "rnn_relu": torch.relu, "rnn_sigmoid": torch.sigmoid}
@@ -72,7 +74,7 @@ def layer(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     w_hr: Tensor | None = None,
-    *,
+    *extras: Tensor | None,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     resets: Tensor | None = None,
@@ -81,6 +83,9 @@ def layer(
     zoneout: tuple[Tensor | float, Tensor | float] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """One layer in one direction; arguments and results as of ``ops.layer``.
+
+    ``extras`` are the five tensors of layer normalisation and peepholes, as ``normalization`` has
+    them, or none.
 
     ``zoneout`` says how much of h_{t-1} and of c_{t-1} a step holds on to (Krueger et al. 2017,
     arXiv:1606.01305): the same share everywhere, or a tensor laid out like the output (c: like the
@@ -95,9 +100,13 @@ def layer(
             None if tensor is None else tensor.float()
             for tensor in (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
         )
-    projected = linear(input, w_ih, b_ih)
+        extras = tuple(None if tensor is None else tensor.float() for tensor in extras)
+    if all(tensor is None for tensor in extras):
+        step, projected = STEPS[cell], linear(input, w_ih, b_ih)
+    else:
+        step = normalization.step(cell, extras)
+        projected = normalization.project(cell, input, w_ih, b_ih, extras)
     steps = projected.unbind(0) if batch_sizes is None else projected.split(batch_sizes.tolist())
-    step = STEPS[cell]
     inputs = steps[::-1] if reverse else steps
     if zoneout is not None:
         step = _holding(step)

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "generate_problem.h"
+#include "normalized_problem.h"
 #include "problem.h"
 #include "rtrl_problem.h"
 #include "scratch.h"
@@ -26,5 +27,8 @@
                                  &isa::rtrl_kernels<float>,          \
                                  &isa::rtrl_kernels<double>,         \
                                  isa::run_generate<float>,           \
-                                 isa::run_generate<double>};         \
+                                 isa::run_generate<double>,          \
+                                 &isa::normalized_kernels<float>,    \
+                                 &isa::normalized_kernels<double>,   \
+                                 isa::record_width_of};              \
   }

@@ -23,6 +23,7 @@ const Bfloat16Kernels bfloat16_avx512 = {
     avx512_bf16::run_forward<BFloat16>,
     avx512_bf16::run_backward<BFloat16>,
     avx512_bf16::run_generate<BFloat16>,
+    &avx512_bf16::normalized_kernels<BFloat16>,
 };
 }  // namespace rnn_ext
 #ifdef __clang__

@@ -2,6 +2,7 @@
 #pragma once
 #include "backward.h"
 #include "generate.h"
+#include "normalized_backward.h"
 #ifndef RNN_EXT_BFLOAT16
 #include "rtrl.h"
 #endif
@@ -41,6 +42,56 @@ template <class value>
 void run_backward(CellKind kind, const BackwardArgs<value>& args) {
   with_cell<value>(kind, args.weights.hr,
                    [&](auto cell) { Backward<value, decltype(cell)>(args).run(); });
+}
+
+// The same for cells with layer normalisation or peepholes.
+template <class value, class Body>
+void with_normalized_cell(CellKind kind, const Body& body) {
+  switch (kind) {
+    case CellKind::kRnnTanh:
+      return body(NormalizedElman<value, Tanh>{});
+    case CellKind::kRnnRelu:
+      return body(NormalizedElman<value, Relu>{});
+    case CellKind::kRnnSigmoid:
+      return body(NormalizedElman<value, Sigmoid>{});
+    case CellKind::kLstm:
+      return body(NormalizedLstm<value>{});
+    case CellKind::kGru:
+      return body(NormalizedGru<value>{});
+    case CellKind::kGruResetBefore:
+      return body(NormalizedGruResetBefore<value>{});
+  }
+}
+
+template <class value>
+void run_normalized_forward(CellKind kind, const NormalizedForwardArgs<value>& args) {
+  with_normalized_cell<value>(
+      kind, [&](auto cell) { NormalizedForward<value, decltype(cell)>(args).run(); });
+}
+
+template <class value>
+void run_normalized_backward(CellKind kind, const NormalizedBackwardArgs<value>& args) {
+  with_normalized_cell<value>(
+      kind, [&](auto cell) { NormalizedBackward<value, decltype(cell)>(args).run(); });
+}
+
+template <class value>
+constexpr NormalizedKernels<value> normalized_kernels{run_normalized_forward<value>,
+                                                      run_normalized_backward<value>};
+
+template <class value>
+long record_width(CellKind kind, long hidden, bool normalized) {
+  long size = 0;
+  with_normalized_cell<value>(kind, [&](auto cell) {
+    const long width = gate_columns<value>(decltype(cell)::gates, hidden).width;
+    size = Record<value>{width, normalized}.size();
+  });
+  return size;
+}
+
+inline long record_width_of(CellKind kind, long hidden, bool normalized, size_t real_bytes) {
+  return real_bytes == sizeof(float) ? record_width<float>(kind, hidden, normalized)
+                                     : record_width<double>(kind, hidden, normalized);
 }
 
 #ifndef RNN_EXT_BFLOAT16

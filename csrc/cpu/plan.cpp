@@ -66,6 +66,17 @@ Plan choose_plan(const PlanShape& shape) {
   return plan;
 }
 
+Plan choose_row_plan(const PlanShape& s) {
+  const double flops = 2.0 * s.gates * s.hidden * (s.input + s.output) * s.steps * s.batch;
+  const bool pack = s.steps * s.batch > kMinRowsToPack;
+  if (s.max_threads <= 1) return {1, Split::kNone, pack, "one thread is all there is", 0};
+  if (flops < kMinFlopsForTeam)
+    return {1, Split::kNone, pack, "too little work for a team of threads", 0};
+  if (s.batch == 1)
+    return {1, Split::kNone, pack, "there is one sequence, and rows are not split", 0};
+  return {s.max_threads, Split::kRows, pack, "each thread has its own sequences", 0};
+}
+
 DirectionsPlan choose_plan(const PlanShape& s, int directions) {
   const Plan alone = choose_plan(s);
   const double flops_per_step = 2.0 * s.gates * s.hidden * s.output * s.batch;

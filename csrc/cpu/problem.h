@@ -141,6 +141,8 @@ template <class real>
 struct RtrlKernels;  // rtrl_problem.h
 template <class value>
 struct GenerateArgs;  // generate_problem.h
+template <class value>
+struct NormalizedKernels;  // normalized_problem.h
 
 // The kernels that multiply bfloat16, where the CPU does.
 struct Bfloat16Kernels {
@@ -148,6 +150,7 @@ struct Bfloat16Kernels {
   void (*forward)(CellKind, const ForwardArgs<BFloat16>&);
   void (*backward)(CellKind, const BackwardArgs<BFloat16>&);
   void (*generate)(CellKind, const GenerateArgs<BFloat16>&);
+  const NormalizedKernels<BFloat16>* normalized;
 };
 
 // Kernels of one instruction set.
@@ -164,6 +167,10 @@ struct Kernels {
   const RtrlKernels<double>* rtrl_double;
   void (*generate_float)(CellKind, const GenerateArgs<float>&);
   void (*generate_double)(CellKind, const GenerateArgs<double>&);
+  // Of layer normalisation and peepholes; how wide a row of what they keep is.
+  const NormalizedKernels<float>* normalized_float;
+  const NormalizedKernels<double>* normalized_double;
+  long (*record_width)(CellKind, long hidden, bool normalized, size_t real_bytes);
   const Bfloat16Kernels* bfloat16 = nullptr;  // null: bfloat16 is converted to float
 };
 

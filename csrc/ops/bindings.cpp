@@ -10,6 +10,7 @@
 #include "cpu_layer.h"
 #include "cuda_layer.h"
 #include "cuda_numbers.h"
+#include "normalized_bindings.h"
 #include "quantized.h"
 #include "random.h"
 #include "rtrl.h"
@@ -369,6 +370,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rtrl_step", &step_online);
   m.def("rtrl_accumulate", &accumulate_online);
   define_generation(m);
+  define_normalized(m);
   m.def("both_forward", &forward_both);
   m.def("both_backward", &backward_both);
   m.def("random_mask", [](int64_t seed, int64_t stream, const Tensor& steps, const Tensor& rows,

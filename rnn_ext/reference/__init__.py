@@ -35,6 +35,7 @@ from .cells import (
 )
 from .generation import beam_search, sample
 from .jordan import JordanGradients, JordanResult, JordanWeights, jordan, jordan_backward
+from .normalized import NormalizedWeights
 from .rtrl import OnlineResult, rtrl, touched
 from .sequence import CELLS, Cell, Gradients, Result, backward, forward, hidden_gradients
 
@@ -48,6 +49,7 @@ __all__ = [
     "JordanResult",
     "JordanWeights",
     "LSTMStep",
+    "NormalizedWeights",
     "OnlineResult",
     "Result",
     "StepGradients",

@@ -10,7 +10,7 @@ what comes from step t-1, and a product of two vectors is element by element.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
@@ -51,7 +51,7 @@ class StepGradients(NamedTuple):
 
     x: ndarray  # [B, I]
     state: tuple[ndarray, ...]  # (dL/dh_{t-1},) or (dL/dh_{t-1}, dL/dc_{t-1})
-    weights: Weights  # this step's terms of dW, dU, db_ih, db_hh (and dW_hr), summed over the batch
+    weights: Any  # in the form of the layer's: this step's terms of dW, dU, ..., over the batch
 
 
 def sigmoid(a: ndarray) -> ndarray:

@@ -16,8 +16,9 @@ import numpy as np
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from . import cells
+from . import cells, normalized
 from .cells import StepGradients, Weights
+from .normalized import NormalizedWeights
 
 __all__ = [
     "CELLS",
@@ -59,7 +60,7 @@ class Tape:
     """What backward needs of a forward pass."""
 
     cell: Cell
-    weights: Weights
+    weights: Weights | NormalizedWeights
     active: ndarray  # bool [T, B]: row b takes part in step t
     packed: bool
     steps: list[
@@ -102,6 +103,11 @@ class Gradients:
     w_hr: ndarray | None
     reset_h: ndarray | None = None
     reset_c: ndarray | None = None
+    gain_ih: ndarray | None = None
+    gain_hh: ndarray | None = None
+    gain_cell: ndarray | None = None
+    bias_cell: ndarray | None = None
+    peephole: ndarray | None = None
 
 
 def forward(
@@ -109,7 +115,7 @@ def forward(
     x: ArrayLike,
     h0: ArrayLike | None,
     c0: ArrayLike | None,
-    weights: Weights | Sequence[ArrayLike | None],
+    weights: Weights | NormalizedWeights | Sequence[ArrayLike | None],
     *,
     batch_sizes: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
@@ -128,7 +134,8 @@ def forward(
         x: [T, B, I], or [N, I] with batch_sizes.
         h0: [B, S], or None for zeros.
         c0: [B, H], or None for zeros; None for all but "lstm".
-        weights: Weights, or a sequence in the order of its fields (None for what is absent).
+        weights: Weights, NormalizedWeights (with layer normalisation or peepholes), or a sequence
+            in the order of their fields (None for what is absent).
         batch_sizes: [T], non-increasing: rows in each step of a PackedSequence of torch.
         lengths: [B], 0..T, in any order: steps in each row of the padded x, whose rest is never
             read.
@@ -150,6 +157,8 @@ def forward(
     if x.ndim != (2 if packed else 3):
         raise ValueError(f"reference: x must be [T, B, I], or [N, I] if packed, got {x.shape}")
     weights = _check_weights(cell, weights, x.shape[-1])
+    if isinstance(weights, NormalizedWeights):
+        spec = Cell(spec.gates, *normalized.STEPS[cell])
     active = _active(x, batch_sizes, lengths)
     if packed:
         x = _unpack(x, active)
@@ -266,7 +275,8 @@ def _backward(result, cotangents, grad_clip):
         dx, dh = dx[tape.active], dh[tape.active]
     dh0, dc0 = (*d_state, None)[:2]
     d_restored = [d if given else None for d, given in zip(d_restored, tape.restored, strict=True)]
-    return Gradients(dx, dh0, dc0, *totals, *d_restored), dh
+    reset_h, reset_c = (*d_restored, None)[:2]
+    return Gradients(dx, dh0, dc0, *totals[:5], reset_h, reset_c, *totals[5:]), dh
 
 
 def clip(dh: ndarray, limit: float | tuple[str, float] | None) -> ndarray:
@@ -338,14 +348,20 @@ def _unpack(packed, active):
 
 
 def _check_weights(cell, weights, input_size):
-    weights = Weights(*(None if w is None else _float64(w).copy() for w in weights))
+    kind = Weights if len(weights) <= len(Weights._fields) else NormalizedWeights
+    weights = kind(*(None if w is None else _float64(w).copy() for w in weights))
     if weights.w_hr is not None and cell != "lstm":
         raise ValueError(f"reference: {cell} takes no projection, w_hr must be None")
     hidden = weights.w_hh.shape[0] // CELLS[cell].gates
     rows = hidden * CELLS[cell].gates
     output = hidden if weights.w_hr is None else weights.w_hr.shape[0]
-    shapes = Weights((rows, input_size), (rows, output), (rows,), (rows,), (output, hidden))
-    for name, weight, shape in zip(Weights._fields, weights, shapes, strict=True):
+    shapes = (
+        (rows, input_size), (rows, output), (rows,), (rows,), (output, hidden),
+        (rows,), (rows,), (hidden,), (hidden,), (3 * hidden,),
+    )  # fmt: skip
+    if kind is NormalizedWeights:
+        normalized.check(cell, weights)
+    for name, weight, shape in zip(kind._fields, weights, shapes, strict=False):
         if weight is not None and weight.shape != shape:
             raise ValueError(f"reference: {cell} needs {name} of {shape}, got {weight.shape}")
     return weights
