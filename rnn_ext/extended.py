@@ -10,13 +10,14 @@ from . import functional, options
 from .control import Control, checked_control
 from .hooks import Hooks
 from .initialization import recurrent_
+from .normalized_options import OPTIONS, WithNormalization
 from .replacement import Replacement
 from .states import WithStates
 
 __all__ = ["ExtendedLayers"]
 
 
-class ExtendedLayers(WithStates, Replacement, torch.nn.RNNBase):
+class ExtendedLayers(WithNormalization, WithStates, Replacement, torch.nn.RNNBase):
     """Base of `RecurrentLayers`, which says what the options do.
 
     An option is an attribute of the layer only where it was given, so that torch.nn's layers become
@@ -38,6 +39,8 @@ class ExtendedLayers(WithStates, Replacement, torch.nn.RNNBase):
         *args: Any,
         recurrent_init: str | None = None,
         learn_initial_state: bool = False,
+        layer_norm: bool = False,
+        peephole: bool = False,
         checkpoint_every: int | None = None,
         save: str = "all",
         grad_clip: float | tuple[str, float] | None = None,
@@ -51,6 +54,9 @@ class ExtendedLayers(WithStates, Replacement, torch.nn.RNNBase):
             if value is not default:
                 setattr(self, option, value)
         options.checked_option(name, "learn_initial_state", learn_initial_state)
+        for option, value in zip(OPTIONS, (layer_norm, peephole)):
+            if options.checked_option(name, option, value):
+                setattr(self, option, True)
         named = options.named_arguments(args, kwargs)
         factory = {"device": named.get("device"), "dtype": named.get("dtype")}
         widths = options.checked_widths(name, named)
@@ -62,6 +68,9 @@ class ExtendedLayers(WithStates, Replacement, torch.nn.RNNBase):
             kinds = "hc" if self._cell == "lstm" else "h"
             options.make_initial_states(self, kinds, factory)
             self.learn_initial_state = True
+        if self._whole_rows:
+            self._check_normalization(self.proj_size)
+            self._make_normalization(factory)
         if control is not None:
             self._control = control
         if self.residual and not any(names[0] == names[1] for names in self._layer_widths()[1:]):
@@ -89,6 +98,12 @@ class ExtendedLayers(WithStates, Replacement, torch.nn.RNNBase):
                 raise ValueError(
                     f"{self._get_name()}: learn_initial_state is chosen at construction"
                 )
+            if (
+                name in OPTIONS
+                and "_flat_weights" in self.__dict__
+                and value != getattr(self, name)
+            ):
+                raise ValueError(f"{self._get_name()}: {name} is chosen at construction")
         super().__setattr__(name, value)
         if name in options.DEFAULTS:
             # torch.compile takes floats that differ between modules for symbols, and forms neither
@@ -150,6 +165,8 @@ class ExtendedLayers(WithStates, Replacement, torch.nn.RNNBase):
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("initial_"):
                 torch.nn.init.zeros_(parameter)
+        if self._whole_rows:
+            self._reset_normalization()
         if self.recurrent_init is not None:
             for names, width in zip(self._all_weights, self._widths_of_groups()):
                 recurrent_(getattr(self, names[1]), width, self.recurrent_init)

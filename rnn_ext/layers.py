@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _C, composite, inspection, onnx
+from . import _C, composite, inspection, normalized, onnx
 from .backend import is_plain_call, uncovered
 from .extended import ExtendedLayers
 from .lengths import WithLengths
@@ -46,6 +46,13 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
             eval mode a unit keeps that share of it (Krueger et al. 2017, arXiv:1606.01305). Of the
             LSTM h and c, each with a mask of its own. No kernel has it yet: layers are composed of
             torch operations, with a `FallbackWarning`.
+        layer_norm: normalises the gates' net inputs, W_ih x_t and W_hh h_{t-1} apart, each with a
+            gain, and of the LSTM the cell that the output sees, with gain and bias (Ba et al. 2016,
+            arXiv:1607.06450): parameters ``weight_layer_norm_ih_l0``, ``..._hh_l0``,
+            ``..._cell_l0`` and ``bias_layer_norm_cell_l0``. Of the GRU, r and z are normalised
+            together and n alone. For life; no ``proj_size``. Kernels are the CPU's; elsewhere, and
+            beside ``zoneout`` and what controls training, layers are composed of torch operations,
+            with a `FallbackWarning`.
         learn_initial_state: the state where ``hx`` is None is a parameter, ``initial_h_l0`` (and
             ``initial_c_l0`` of the LSTM) of each layer and direction, zero at initialization. It
             is where sequences begin; where ``resets`` begin an episode, ``initial_state`` is.
@@ -139,6 +146,10 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
         The last result is one tensor, laid out like output: the cells, then each gate.
         """
         control = self._control if torch.is_grad_enabled() and not is_exporting() else None
+        if self._whole_rows and "gates" in details:
+            raise ValueError(
+                f"{self._get_name()}: return_gates does not know {self._extra}; leave it out"
+            )
         hooks = self._hooks(details) if self._extended or details else None
         plain = lengths is None and not details and control is None
         if plain and type(input) is Tensor and is_plain_call():
@@ -167,7 +178,9 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
         weights = self._weights()
         reason = self._unserved or uncovered(x, (*states, *(restored or ())), weights)
         reason, run = reason or no_restoring(x, restored), None
-        if control is not None:
+        if self._whole_rows:
+            reason, run = reason or normalized.uncovered(x, control), normalized.layer
+        elif control is not None:
             run = control.layer
         if reason is not None:
             if not self._must_compose(reason, extra):
@@ -219,7 +232,9 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
         return self._like(input, output), state, self._like(input, cells) if details else None
 
     def _run_plain(self, input, hx, hooks, resets, initial_state):
-        """As `_run`, in one call of C++; None if the CPU kernels do not serve all of it."""
+        """As `_run`, in one call of C++; None if it does not serve all of it."""
+        if self._whole_rows:
+            return None
         states = () if hx is None else self._states(hx)
         restored = () if initial_state is None else self._states(initial_state)
         if states is None or restored is None or not isinstance(resets, (Tensor, NoneType)):
@@ -262,6 +277,10 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
             raise RuntimeError(
                 f"{name}: ONNX's layers know no resets; export one episode at a time"
             )
+        if self._whole_rows:
+            raise RuntimeError(
+                f"{name}: ONNX's layers have no {self._option_words[-1]}; export a layer without it"
+            )
         if self.zoneout or (self.training and (self.weight_dropout or self.variational_dropout)):
             raise RuntimeError(
                 f"{name}: ONNX has no zoneout, and weight_dropout and variational_dropout only as "
@@ -289,7 +308,8 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
         return self._like(input, output), tuple(state) if self._cell == "lstm" else state[0], None
 
     def _weights(self):
-        """(w_ih, w_hh, b_ih, b_hh, w_hr) of each layer and direction, None for what there is not.
+        """(w_ih, w_hh, b_ih, b_hh, w_hr) of each layer and direction, None for what there is not;
+        with ``layer_norm`` or ``peephole`` five more, as of `normalized.layer`.
 
         Read at every call: parametrizations, functional_call and weight dropping put other tensors
         there. What a "single" bias leaves out is zero.
@@ -302,4 +322,4 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
             if self.bias == "single":
                 group.append(torch.zeros_like(group[2], requires_grad=False))
             groups.append((*group, w_hr) if self.bias else (*group, None, None, w_hr))
-        return groups
+        return self._with_extras(groups) if self._whole_rows else groups

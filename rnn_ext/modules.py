@@ -57,7 +57,8 @@ class RNN(_WithoutProjection):
         lambda self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
         batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None, *,
         residual=False, weight_dropout=0.0, variational_dropout=0.0, zoneout=0.0,
-        learn_initial_state=False, recurrent_init=None, checkpoint_every=None, save="all",
+        learn_initial_state=False, layer_norm=False, recurrent_init=None, checkpoint_every=None,
+        save="all",
         grad_clip=None: None
     )  # fmt: skip
     def __init__(self, *args, **kwargs):
@@ -110,6 +111,10 @@ class LSTM(RecurrentLayers):
         forget_bias: keyword only; a number makes it the forget gate's bias at initialization (b_ih
             + b_hh) in every layer and direction. 1 is usual (Jozefowicz et al. 2015). ValueError
             with bias=False.
+        peephole: keyword only; True lets the gates look at the cell, i and f at c_{t-1} and o at
+            c_t, each unit at its own (Gers and Schmidhuber 2000): i = s(a_i + p_i c_{t-1}) and so
+            on, with ``weight_peephole_l0`` [3 * hidden_size] of i, f, o. For life; no
+            ``proj_size``; served as ``layer_norm`` is.
         recurrent_init: keyword only; None, "orthogonal" or "identity" for each gate's block of
             weight_hh at initialization.
 
@@ -129,9 +134,10 @@ class LSTM(RecurrentLayers):
     @_shown_as(
         lambda self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
         dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None, *,
-        forget_bias=None,
+        forget_bias=None, peephole=False,
         residual=False, weight_dropout=0.0, variational_dropout=0.0, zoneout=0.0,
-        learn_initial_state=False, recurrent_init=None, checkpoint_every=None, save="all",
+        learn_initial_state=False, layer_norm=False, recurrent_init=None, checkpoint_every=None,
+        save="all",
         grad_clip=None: None
     )  # fmt: skip
     def __init__(self, *args, forget_bias=None, **kwargs):
@@ -143,8 +149,8 @@ class LSTM(RecurrentLayers):
     def reset_parameters(self):
         super().reset_parameters()
         if self.forget_bias is not None:
-            for (_, _, b_ih, b_hh, _), width in zip(self._weights(), self._widths_of_groups()):
-                forget_bias_("LSTM", b_ih, b_hh, width, self.forget_bias)
+            for group, width in zip(self._weights(), self._widths_of_groups()):
+                forget_bias_("LSTM", *group[2:4], width, self.forget_bias)
 
     def extra_repr(self):
         text = super().extra_repr()
@@ -214,7 +220,8 @@ class GRU(_WithoutProjection):
         lambda self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
         dropout=0.0, bidirectional=False, device=None, dtype=None, *, reset_after=True,
         residual=False, weight_dropout=0.0, variational_dropout=0.0, zoneout=0.0,
-        learn_initial_state=False, recurrent_init=None, checkpoint_every=None, save="all",
+        learn_initial_state=False, layer_norm=False, recurrent_init=None, checkpoint_every=None,
+        save="all",
         grad_clip=None: None
     )  # fmt: skip
     def __init__(self, *args, reset_after=True, **kwargs):

@@ -26,6 +26,8 @@ DEFAULTS: dict[str, bool | float] = {
     "variational_dropout": 0.0,
     "zoneout": 0.0,
     "learn_initial_state": False,
+    "layer_norm": False,
+    "peephole": False,
 }
 _POSITIONS = (
     "mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _C, functional
+from . import _C, functional, normalized
 from .backend import current, uncovered
 from .cells import OneStep
 from .layers import RecurrentLayers
@@ -102,6 +102,9 @@ def explain(
         raise ValueError(f"explain: {module} cannot take this input; calling it says why")
 
     reason = module._unserved or uncovered(x, states, weights) or _uncontrolled(module, x)
+    if getattr(module, "_whole_rows", False):
+        control = module._control if torch.is_grad_enabled() else None
+        reason = reason or normalized.uncovered(x, control)
     plans = []
     for k, group in enumerate(weights):
         how = _choose(module, x, steps, batch, directions, group, reason)
@@ -131,7 +134,10 @@ def _choose(module, x, steps, batch, directions, weights, obstacle):
         w_ih, w_hh = weights[:2]
         sizes = w_ih.size(1), w_hh.size(0) // functional.gates(module._cell), w_hh.size(1)
         dtype = str(x.dtype).removeprefix("torch.")
-        chosen = _C.plan_cpu(module._cell, dtype, steps, batch, *sizes, directions)
+        if getattr(module, "_whole_rows", False):
+            chosen = _C.plan_rows(module._cell, dtype, steps, batch, *sizes[:2])
+        else:
+            chosen = _C.plan_cpu(module._cell, dtype, steps, batch, *sizes, directions)
         return {field: chosen[field] for field in ("kernel", "isa", "threads", "split", "reason")}
     if backend != "auto":
         reason = f"use_backend({backend!r}) refuses: {obstacle}"

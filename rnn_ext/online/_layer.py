@@ -20,6 +20,8 @@ _REFUSED = {
     "zoneout": "the influence on a state that is held back is not computed; use zoneout=0",
     "learn_initial_state": "a stream begins at zeros, and the influence of another beginning is "
     "not computed; use learn_initial_state=False",
+    "layer_norm": "the influence through means and variances is not computed; use layer_norm=False",
+    "peephole": "the influence through peepholes is not computed; use peephole=False",
 }
 
 # Of w_ih, w_hh, b_ih and b_hh, and whether they are finite.
