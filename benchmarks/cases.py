@@ -20,9 +20,9 @@ class Case:
     """One call of a module, and how it is measured.
 
     ragged: a PackedSequence. stateful: the call is given a state. resets: at this share of the
-    steps of a sequence a new episode begins. vocabulary: if not 0, a language model generates
-    the steps, tokens of so many. neighbours: processes that keep a CPU busy meanwhile. threads:
-    measured with so many, unless the user says otherwise.
+    steps of a sequence a new episode begins. layer_norm: of the LSTM. vocabulary: if not 0, a
+    language model generates the steps, tokens of so many. neighbours: processes that keep a CPU
+    busy meanwhile. threads: measured with so many, unless the user says otherwise.
     """
 
     group: str
@@ -36,6 +36,7 @@ class Case:
     stateful: bool = False
     resets: float = 0.0
     vocabulary: int = 0
+    layer_norm: bool = False
     dtype: str = "float32"
     neighbours: int = 0
     threads: tuple = (ALL,)
@@ -50,6 +51,7 @@ class Case:
         parts += ["ragged"] if self.ragged else []
         parts += ["resets"] if self.resets else []
         parts += [f"v{self.vocabulary}"] if self.vocabulary else []
+        parts += ["layer-norm"] if self.layer_norm else []
         parts += ["busy"] if self.neighbours else []
         return "-".join(parts)
 
@@ -197,8 +199,12 @@ def _in(dtype):
 
 
 def _beyond():
-    common = {"resets": 0.01, "modes": ("training",)}
-    return [Case("beyond", batch, 64, 256, 256, **common) for batch in (4, 128)]
+    resets = {"resets": 0.01, "modes": ("training",)}
+    normalized = {"layer_norm": True, "cells": ("lstm",), "modes": ("training",)}
+    return [
+        *[Case("beyond", batch, 64, 256, 256, **resets) for batch in (4, 128)],
+        *[Case("beyond", batch, 64, 256, 256, **normalized) for batch in (1, 32)],
+    ]
 
 
 def _generate():
@@ -270,7 +276,7 @@ GROUPS = {
     "float64": ("double precision", lambda: _in("float64")),
     "bfloat16": ("half the bits", lambda: _in("bfloat16")),
     "busy": ("with one other busy process on the machine", _busy),
-    "beyond": ("what torch.nn's users write a loop over its cells for", _beyond),
+    "beyond": ("what torch.nn's users write a loop for: over its cells, or scripted", _beyond),
     "online": ("real-time recurrent learning beside torch operations", _online),
     "generate": ("tokens of a language model, sampled one after the other", _generate),
     "deepbench": ("DeepBench's lists, up to 12 GFLOP a forward pass", _deepbench),

@@ -214,6 +214,10 @@ def _beyond(rows):
         chosen = rows.pick("beyond", cell="lstm", case=f"b{batch}-t64-i256-h256-resets")
         text = f"training LSTM with resets against a loop over torch.nn's cell, batch {batch}"
         found += worst(text, target, chosen, against(TORCH), 1)
+    for batch, target in ((32, 4.0), (1, 8.0)):
+        chosen = rows.pick("beyond", cell="lstm", case=f"b{batch}-t64-i256-h256-layer-norm")
+        text = f"training LSTM with layer normalisation against a scripted loop, batch {batch}"
+        found += worst(text, target, chosen, against(TORCH), 1)
     text = "resets in 1 % of the steps cost the LSTM, 1.0 is none"
     chosen = rows.pick("beyond", cell="lstm")
     return found + worst(text, 1.05, chosen, cost, 2, at_most=True)

@@ -49,6 +49,8 @@ def obstacle(name, case, cell, training):
         return f"{name} has no loop that generates tokens"
     if case.group == "online" and name != TORCH:
         return f"{name} has no online learning"
+    if case.layer_norm and name != TORCH:
+        return f"{name} knows no layer normalisation"
     if name == "torch.compile":
         if case.ragged:
             return "torch.compile breaks at a PackedSequence"

@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from . import language
 from .cases import Case
+from .layer_norm import LayerNormLoop, gains
 
 CLASSES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 
@@ -29,8 +30,11 @@ class Problem:
         case = self.case
         if self.resets is not None and library is torch.nn:
             return CellLoop(self)
+        if case.layer_norm and library is torch.nn:
+            return LayerNormLoop(self.weights)
+        options = {"layer_norm": True} if case.layer_norm else {}
         module = getattr(library, CLASSES[self.cell])(
-            case.inputs, case.hidden, case.layers, bidirectional=case.bidirectional
+            case.inputs, case.hidden, case.layers, bidirectional=case.bidirectional, **options
         )
         module.to(self.upstream.dtype).load_state_dict(self.weights)
         return module
@@ -98,9 +102,12 @@ def make_problem(case, cell, seed=0):
             state = torch.rand(2, *size).mul(2).sub(1).to(dtype).unbind()
             state = tuple(state) if cell == "lstm" else state[0]
         resets = torch.rand(case.steps, case.batch) < case.resets if case.resets else None
+        weights = twin.state_dict()
+        if case.layer_norm:
+            weights |= {name: gain.to(dtype) for name, gain in gains(case.hidden).items()}
     if case.ragged:
         input = pack_padded_sequence(input, case.lengths())
-    return Problem(case, cell, twin.state_dict(), input, state, upstream, resets)
+    return Problem(case, cell, weights, input, state, upstream, resets)
 
 
 def calls(problem, module, training):
