@@ -16,8 +16,9 @@ class LanguageModel(torch.nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            self.embedding = torch.nn.Embedding(case.vocabulary, case.inputs, dtype=dtype)
-            self.head = torch.nn.Linear(case.hidden, case.vocabulary, dtype=dtype)
+            # Drawn in float32, so that they are the same numbers in every dtype.
+            self.embedding = torch.nn.Embedding(case.vocabulary, case.inputs).to(dtype)
+            self.head = torch.nn.Linear(case.hidden, case.vocabulary).to(dtype)
             self.prefix = torch.randint(case.vocabulary, (case.batch, 4))
         self.layers, self.steps = layers, case.steps
 

@@ -97,7 +97,7 @@ def generate(
             message has the step).
         TypeError: arguments of another kind.
     """
-    options = _Options("generate", steps, temperature, top_k, top_p, eos, seed, beams)
+    options = Options("generate", steps, temperature, top_k, top_p, eos, seed, beams)
     options.also(length_penalty, pad, return_log_probs)
     model = Model("generate", embedding, rnn, head)
     prefix, lengths, batched = checked_tokens("generate", "prefix", embedding, prefix, lengths)
@@ -161,7 +161,7 @@ def decode(
     Raises:
         ValueError, TypeError: as `generate`.
     """
-    options = _Options("decode", steps, temperature, top_k, top_p, eos, seed, beams)
+    options = Options("decode", steps, temperature, top_k, top_p, eos, seed, beams)
     options.also(length_penalty, pad, return_log_probs)
     model = Model("decode", embedding, rnn, head)
     batched = first_tensor(state).dim() == 3
@@ -177,7 +177,7 @@ def decode(
     return options.result(choice, None, None, batched)
 
 
-class _Options:
+class Options:
     """The arguments that say how tokens are chosen, checked."""
 
     def __init__(self, name, steps, temperature, top_k, top_p, eos, seed, beams):

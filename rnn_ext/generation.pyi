@@ -13,6 +13,8 @@ _Lengths: TypeAlias = Tensor | Sequence[int] | None
 _Module: TypeAlias = Callable[..., Any]
 _Seed: TypeAlias = int | torch.Generator | None
 
+class Options: ...
+
 class Generated(NamedTuple):
     tokens: Tensor
     lengths: Tensor

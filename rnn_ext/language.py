@@ -1,5 +1,8 @@
 """The three modules of a recurrent language model, and the loops that run them for `generate`."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -11,6 +14,9 @@ from .modules import GRU, LSTM, RNN
 from .quantization import QuantizedLayers
 from .swap import accelerate, own_class
 
+if TYPE_CHECKING:
+    from .generation import Options
+
 __all__ = ["Model", "checked_tokens", "first_tensor", "map_state", "with_batch"]
 
 # Options that a step of inference goes without.
@@ -21,13 +27,15 @@ _CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", "gru_reset_befor
 class Model:
     """The three modules, and which loop runs them."""
 
-    def __init__(self, name, embedding, rnn, head):
-        self.name = name
+    def __init__(self, name: str, embedding: Any, rnn: Any, head: Any) -> None:
+        self.name: str = name
         modules = {"embedding": embedding, "rnn": rnn, "head": head}
         for key, module in list(modules.items())[: 2 if name == "encode" else 3]:
             if not callable(module):
                 raise TypeError(f"{name}: {key} must be a module, got {type(module).__name__}")
-        self.embedding, self.rnn, self.head = embedding, _in_evaluation(rnn), head
+        self.embedding: Any = embedding
+        self.rnn: Any = _in_evaluation(rnn)
+        self.head: Any = head
         if head is not None and getattr(rnn, "bidirectional", False):
             raise ValueError(
                 f"{name}: rnn has two directions, but the second one reads what is not yet written"
@@ -54,7 +62,7 @@ class Model:
                 f"{self.name}: head chooses among {tokens} tokens, but embedding has {known}"
             )
 
-    def read(self, tokens, lengths, hx):
+    def read(self, tokens: Tensor, lengths: Tensor | None, hx: Any) -> tuple[Tensor, Any]:
         """(output [B, features] after the last token of each row, the state)."""
         first = getattr(self.rnn, "batch_first", False)
         x = self.embedding(tokens)
@@ -76,7 +84,9 @@ class Model:
         rows = torch.arange(len(last), device=last.device)
         return output[rows, last] if first else output[last, rows], state
 
-    def run(self, options, output, state, tokens):
+    def run(
+        self, options: "Options", output: Tensor | None, state: Any, tokens: Tensor | None
+    ) -> _C.TokenChoice:
         """Chooses all tokens; ``tokens`` [B] are read first where there is no ``output``."""
         if options.beams > 1:
             repeated = [
@@ -171,7 +181,9 @@ def _in_evaluation(rnn):
     return rnn
 
 
-def checked_tokens(name, key, embedding, tokens, lengths):
+def checked_tokens(
+    name: str, key: str, embedding: Any, tokens: Any, lengths: Any
+) -> tuple[Tensor, Tensor | None, bool]:
     """(tokens int64 [B, P], lengths int64 [B] on the CPU or None, whether there is a batch)."""
     if not isinstance(tokens, Tensor):
         try:
@@ -213,14 +225,15 @@ def checked_tokens(name, key, embedding, tokens, lengths):
     return tokens, lengths, batched
 
 
-def map_state(function, state):
+def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     """``state`` with every tensor replaced by ``function`` of it."""
     if isinstance(state, (tuple, list)):
         return tuple(map_state(function, part) for part in state)
     return function(state)
 
 
-def first_tensor(state):
+def first_tensor(state: Any) -> Tensor:
+    """The first tensor of a state."""
     while isinstance(state, (tuple, list)) and state:
         state = state[0]
     if not isinstance(state, Tensor):
@@ -228,5 +241,6 @@ def first_tensor(state):
     return state
 
 
-def with_batch(state):
+def with_batch(state: Any) -> Any:
+    """A state without a batch as that of a batch of one; None stays None."""
     return None if state is None else map_state(lambda part: part.unsqueeze(1), state)

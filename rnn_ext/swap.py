@@ -91,7 +91,7 @@ def _exchangeable(model, caller, classes):
     return [item for item in model.named_modules() if own_class(item[1]) in classes]
 
 
-def own_class(module):
+def own_class(module: torch.nn.Module) -> type:
     """The module's class, without what `torch.nn.utils.parametrize` put in front of it."""
     if parametrize.is_parametrized(module):
         return type(module).__bases__[0]
