@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from kinds import KINDS, make
-from language import (
+from toy_language import (
     VOCABULARY,
     drawn,
     language_model,

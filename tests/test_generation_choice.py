@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kinds import make
-from language import (
+from toy_language import (
     VOCABULARY,
     language_model,
     log_probs_of,
