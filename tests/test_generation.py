@@ -252,6 +252,8 @@ def fallbacks():
     wide = {"embedding": torch.nn.Embedding(VOCABULARY, 20, **double)}
     yield one("rnn has residual", **wide, rnn=make("lstm", 20, 20, num_layers=2, residual=True))
     yield one("rnn has zoneout", rnn=make("gru", 6, 20, zoneout=0.2).eval())
+    yield one("rnn has layer_norm", rnn=make("gru", 6, 20, layer_norm=True))
+    yield one("rnn has peephole", rnn=make("lstm", 6, 20, peephole=True))
     yield one("rnn has hidden_size", rnn=rnn_ext.LSTM(6, [8, 20], **double))
     yield one("head is a Sequential", head=torch.nn.Sequential(one("")[3], torch.nn.Tanh()))
     yield one("head has forward hooks", head=hooked(one("")[3]), rnn=make("rnn_sigmoid", 6, 20))
