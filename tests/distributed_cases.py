@@ -174,6 +174,7 @@ def main(folder):
         if dist.get_rank() == 0:
             text = "\n".join(filter(None, failures))
             torch.save(text or result, Path(folder) / f"{case.__name__}.pt")
+    dist.barrier()  # neither leaves while the other still works
     dist.destroy_process_group()
 
 
