@@ -152,8 +152,7 @@ def decode(
     Args:
         state: as ``rnn`` takes it, [layers, B, size], or [layers, size] without a batch.
         bos: an int, or one for each sequence [B].
-        embedding, rnn, head, steps, eos, temperature, top_k, top_p, seed, beams, length_penalty,
-            pad, return_log_probs: as of `generate`.
+        embedding, rnn, head, steps: as of `generate`, and so are all arguments that follow.
 
     Returns:
         int64 [B, n] (without a batch [n]): the new tokens alone, without ``bos``.
