@@ -222,8 +222,9 @@ class Backward {
     BackwardView<value> cut = view;
     cut.add_carry = false;
     const long p1 = share.panel_end(first_.count());
+    const int most = tile_rows<value, 2>(delta_width_);
     for (long p = share.panel_begin(first_.count()); p < p1; p++)
-      for_row_blocks(r0, r1, kTileRows<2>, [&](long first, int count) {
+      for_row_blocks(r0, r1, most, [&](long first, int count) {
         real* to = total_ + first * total_width() + p * width;
         if (operand)
           tile_long<value, 2>(count, first_.depth, operand + first * delta_width_, delta_width_,
@@ -385,8 +386,9 @@ class Backward {
       return run_long_phase<phase>(panels, share, view, operand, operand_width, r0, r1, resets);
     alignas(64) real products[kTileRows<2> * width];
     const long p1 = share.panel_end(panels.count());
+    const int most = tile_rows<value, 2>(operand_width);
     for (long p = share.panel_begin(panels.count()); p < p1; p++)
-      for_row_blocks(r0, r1, kTileRows<2>, [&](long first, int count) {
+      for_row_blocks(r0, r1, most, [&](long first, int count) {
         if (operand)
           tile_long<value, 2>(count, panels.depth, operand + first * operand_width, operand_width,
                               kTogether<value>, panels.panel(p), products, width, false);
@@ -402,10 +404,11 @@ class Backward {
                       long r0, long r1, const Afresh& resets) const {
     constexpr long piece = kSumLength<value>;
     const long p0 = share.panel_begin(panels.count()), p1 = share.panel_end(panels.count());
+    const int most = tile_rows<value, 2>(operand_width);
     for (long k = 0; k < panels.depth; k += piece) {
       const long left = panels.depth - k, part = left < piece ? left : piece;
       for (long p = p0; p < p1; p++)
-        for_row_blocks(r0, r1, kTileRows<2>, [&](long first, int count) {
+        for_row_blocks(r0, r1, most, [&](long first, int count) {
           real* sums = sums_ + (p * a_.steps.batch + first) * width;
           tile_for<value, 2>(count)(part, operand + first * operand_width + k, operand_width,
                                     kTogether<value>, panels.panel(p) + k * width, sums, width,

@@ -206,11 +206,12 @@ class Forward {
   // whatever chunk it stands: a part of a sequence gives what the whole gave.
   void project(const Share& share, long low, long high) const {
     const long p0 = share.panel_begin(input_.count()), p1 = share.panel_end(input_.count());
+    const int most = tile_rows<value, Gates::vectors>(a_.sizes.input);
     const auto rows = [&](long begin, long end, long base) {
       for (long m = begin; m < end; m += kProjectionRows) {
         const long stop = m + kProjectionRows < end ? m + kProjectionRows : end;
         for (long p = p0; p < p1; p++)
-          for_row_blocks(m, stop, kTileRows<Gates::vectors>, [&](long first, int count) {
+          for_row_blocks(m, stop, most, [&](long first, int count) {
             input_.template multiply<false>(
                 p, count, a_.x + first * a_.sizes.input, a_.sizes.input,
                 gates_ + (first - base) * width_ + p * Gates::vectors * lanes, width_, false);
@@ -269,8 +270,9 @@ class Forward {
     if (r0 >= r1) return;
     alignas(64) real products[kTileRows<Shape::vectors> * Shape::vectors * lanes];
     const long p1 = share.panel_end(panels.count());
+    const int most = tile_rows<value, Shape::vectors>(operand_width);
     for (long p = share.panel_begin(panels.count()); p < p1; p++)
-      for_row_blocks(r0, r1, kTileRows<Shape::vectors>, [&](long first, int count) {
+      for_row_blocks(r0, r1, most, [&](long first, int count) {
         panels.multiply(p, count, operand + first * operand_width, operand_width, products,
                         Shape::vectors * lanes, false);
         if (resets)

@@ -138,8 +138,9 @@ class Generation {
   void compute_logits(const Member& member) const {
     const long width = a_.sizes.output, p1 = member.end(head_.count());
     const value* h = layers_[a_.layers - 1].args.out;
+    const int most = tile_rows<value, PlainPanel::vectors>(width);
     for (long p = member.begin(head_.count()); p < p1; p++) {
-      for_row_blocks(0, a_.rows, kTileRows<PlainPanel::vectors>, [&](long first, int count) {
+      for_row_blocks(0, a_.rows, most, [&](long first, int count) {
         head_.multiply(p, count, h + first * width, width,
                        logits_ + first * stride_ + p * head_width, stride_, false);
       });

@@ -209,7 +209,8 @@ RNN_EXT_NOINLINE void input_gradient(const Segment* segments, int count,
                                      const ColumnPanels<value>& panels, long begin, long end,
                                      const value* delta, long delta_width, value* dx,
                                      Real<value>* sums, bool chained) {
-  constexpr int width = ColumnPanels<value>::width, strip = kTileRows<2>, w = kLanes<value>;
+  constexpr int width = ColumnPanels<value>::width, w = kLanes<value>;
+  const int most = tile_rows<value, 2>(delta_width);
   constexpr long piece = kSumLength<value>;
   const long columns = panels.columns;
   for (long m = begin; m < end; m += kInputRows) {
@@ -222,7 +223,7 @@ RNN_EXT_NOINLINE void input_gradient(const Segment* segments, int count,
       for (long k = 0; k < segments[s].count; k += piece, first_sum = false) {
         const long depth = segments[s].count - k < piece ? segments[s].count - k : piece;
         for (long p = 0; p < panels.count(); p++)
-          for_row_blocks(m, stop, strip, [&](long first, int rows) {
+          for_row_blocks(m, stop, most, [&](long first, int rows) {
             const long left = columns - p * width;
             add_tile<value>(rows, depth, delta + first * delta_width + segments[s].delta_column + k,
                             delta_width, kTogether<value>,

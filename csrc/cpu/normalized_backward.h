@@ -172,8 +172,9 @@ class NormalizedBackward {
   // sum (+)= dL/d(U h') of a group times U, for rows [r0, r1) of step t
   void multiply(int k, long t, long r0, long r1, real* sum, bool add) const {
     const value* d = of_state_ + a_.steps.begin(t) * width_ + w_.columns.at[k];
+    const int most = tile_rows<value, 2>(width_);
     for (long p = 0; p < state_[k].count(); p++)
-      for_row_blocks(r0, r1, kTileRows<2>, [&](long row, int count) {
+      for_row_blocks(r0, r1, most, [&](long row, int count) {
         tile_long<value, 2>(count, state_[k].depth, d + row * width_, width_, kTogether<value>,
                             state_[k].panel(p), sum + row * state_width_ + p * panel_width,
                             state_width_, add);

@@ -90,9 +90,10 @@ class NormalizedForward {
     const GateColumns& c = w_.columns;
     const bool keep = save_ && w_.normalized;
     const long stride = gates_stride(), to = keep ? record_.input() : 0;
+    const int most = tile_rows<value, 2>(a_.sizes.input);
     for (int k = 0; k < c.groups; k++)
       for (long p = 0; p < input_[k].count(); p++)
-        for_row_blocks(first, end, kTileRows<2>, [&](long row, int count) {
+        for_row_blocks(first, end, most, [&](long row, int count) {
           input_[k].multiply(p, count, a_.x + row * a_.sizes.input, a_.sizes.input,
                              gates_of(row, low) + to + c.at[k] + p * 2 * kLanes<value>, stride,
                              false);
@@ -148,8 +149,9 @@ class NormalizedForward {
   // U h' of group k for rows [r0, r1) of `operand`
   void multiply(int k, long t, const value* operand, long r0, long r1) const {
     const long stride = save_ && w_.normalized ? record_.size() : w_.columns.width;
+    const int most = tile_rows<value, 2>(w_.hidden);
     for (long p = 0; p < state_[k].count(); p++)
-      for_row_blocks(r0, r1, kTileRows<2>, [&](long row, int count) {
+      for_row_blocks(r0, r1, most, [&](long row, int count) {
         state_[k].multiply(p, count, operand + row * w_.hidden, w_.hidden,
                            products_of(t, row) + w_.columns.at[k] + p * 2 * kLanes<value>, stride,
                            false);

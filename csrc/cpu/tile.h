@@ -116,6 +116,14 @@ RNN_EXT_INLINE void tile_long(int rows, long depth, const value* a, long a_row, 
   }
 }
 
+// Rows of a tile whose factors lie in rows `a_row` values apart. At multiples of 4096 bytes they all
+// fall into one set of a first-level cache of 8 ways, so there are no more of them.
+template <class value, int vectors>
+RNN_EXT_INLINE int tile_rows(long a_row) {
+  constexpr int most = kTileRows<vectors>, ways = 8;
+  return most > ways && a_row * long(sizeof(value)) % 4096 == 0 ? ways : most;
+}
+
 // Calls body(first, count) for blocks of at most `most` rows, as even as possible.
 template <class Body>
 RNN_EXT_INLINE void for_row_blocks(long begin, long end, int most, const Body& body) {
