@@ -17,7 +17,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -
 .PHONY: help environment demo examples test test-clients bench build gpu lint types docs features dist format clean
 
 help:
-	@echo "make demo    train a character language model, rnn_ext beside torch.nn (under 3 minutes)"
+	@echo "make demo    train a character language model, rnn_ext beside torch.nn (about 3 minutes)"
 	@echo "make examples   run every example for a few seconds and check what comes of it"
 	@echo "make test    run the tests            make test ARGS='-k gru'"
 	@echo "make test-clients   programs from PyPI give the same numbers with our layers"

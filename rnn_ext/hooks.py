@@ -14,7 +14,7 @@ Group: TypeAlias = tuple[Tensor | None, ...]
 
 
 class Hooks:
-    """Of one call of a layer stack. ``functional.stack`` calls the methods, layer by layer.
+    """Of one call of a layer stack. ``stack.stack`` calls the methods, layer by layer.
 
     Layers are counted together with directions, as the lists of states and weights are.
 

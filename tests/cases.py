@@ -21,14 +21,24 @@ SHAPES = (
     (2, 41, 8, 70),
     (3, 4, 5, 300),
 )
+# Layouts of a batch, for make_case.
+VARIANTS = {
+    "padded": {},
+    "reverse": {"reverse": True},
+    "ragged": {"ragged": True},
+    "ragged_reverse": {"ragged": True, "reverse": True},
+    "without_bias": {"bias": False},
+}
 NAMES = ("input", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+EXTRAS = ("gain_ih", "gain_hh", "gain_cell", "bias_cell", "peephole")  # see normalized_cases.py
+ALL_NAMES = NAMES + EXTRAS
 RESULTS = ("output", "h_n", "c_n", "cells")
-REFERENCE_GRADIENTS = ("x", *NAMES[1:], "reset_h", "reset_c")
+REFERENCE_GRADIENTS = ("x", *ALL_NAMES[1:], "reset_h", "reset_c")
 
 
 @dataclass
 class Case:
-    """Arguments of ``ops.layer`` (None where the cell has none) and gradients of its results."""
+    """Arguments of a layer (None where the cell has none) and gradients of its results."""
 
     cell: str
     tensors: list
@@ -95,13 +105,13 @@ def with_resets(case, *, restored, chance=0.4, seed=1):
 
 
 def run(layer, case):
-    """Results and gradients of ``layer`` (``ops.layer`` or ``composite.layer``), dicts by name."""
+    """Results and gradients of ``layer`` (``ops.layer``, ``composite.layer``), dicts by name."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case.tensors]
     results = layer(case.cell, *leaves, **case.options())
     pairs = [(r, d) for r, d in zip(results, case.upstream) if d is not None]
     torch.autograd.backward([r for r, _ in pairs], [d for _, d in pairs])
     results = {n: r.detach() for n, r in zip(RESULTS, results) if r is not None}
-    return results, {n: t.grad for n, t in zip(NAMES, leaves) if t is not None}
+    return results, {n: t.grad for n, t in zip(ALL_NAMES, leaves) if t is not None}
 
 
 def run_ours(case):
@@ -180,7 +190,7 @@ def run_reference(case):
         values = {n: getattr(record, k) for n, k in zip(names, keys)}
         return {n: torch.as_tensor(v) for n, v in values.items() if v is not None}
 
-    gradients = tensors(gradients, (*NAMES, "reset_h", "reset_c"), REFERENCE_GRADIENTS)
+    gradients = tensors(gradients, (*ALL_NAMES, "reset_h", "reset_c"), REFERENCE_GRADIENTS)
     for name in ("h", "c"):
         if f"reset_{name}" in gradients:
             halves = gradients[f"{name}0"], gradients.pop(f"reset_{name}")

@@ -7,13 +7,6 @@ from torch.autograd import grad
 
 from rnn_ext import composite, ops
 
-VARIANTS = {
-    "padded": {},
-    "reverse": {"reverse": True},
-    "ragged": {"ragged": True},
-    "ragged_reverse": {"ragged": True, "reverse": True},
-    "without_bias": {"bias": False},
-}
 # (lengths, resets)
 PREDICATES = {"lengths": (True, False), "resets": (False, True), "both": (True, True)}
 

@@ -1,12 +1,12 @@
-"""Layers with layer normalisation or peepholes: cases, the reference, a loop of torch functions."""
+"""Layers with layer normalisation or peepholes: cases, and a loop of torch functions."""
 
 from dataclasses import replace
 
 import torch
-from cases import GATES, NAMES, RESULTS, make_case
+from cases import ALL_NAMES, GATES, make_case, run
 from torch.nn.functional import layer_norm, linear
 
-from rnn_ext import normalized, reference
+from rnn_ext import normalized
 
 # Cell, whether it is normalised, whether it has peepholes.
 KINDS = {
@@ -19,8 +19,6 @@ KINDS = {
     "gru": ("gru", True, False),
     "gru_reset_before": ("gru_reset_before", True, False),
 }
-EXTRAS = ("gain_ih", "gain_hh", "gain_cell", "bias_cell", "peephole")
-ALL_NAMES = NAMES + EXTRAS
 
 
 def make_normalized(kind, shape, *, bias=True, seed=0, **options):
@@ -62,47 +60,12 @@ def reordered(case, order):
     return replace(case, tensors=tensors, upstream=upstream)
 
 
-def run(layer, case):
-    """Results and gradients of ``layer``, dicts by name."""
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case.tensors]
-    results = layer(case.cell, *leaves, **case.options())
-    pairs = [(r, d) for r, d in zip(results, case.upstream) if d is not None]
-    torch.autograd.backward([r for r, _ in pairs], [d for _, d in pairs])
-    results = {n: r.detach() for n, r in zip(RESULTS, results) if r is not None}
-    return results, {n: t.grad for n, t in zip(ALL_NAMES, leaves) if t is not None}
-
-
 def run_ours(case):
     return run(normalized.layer, case)
 
 
 def run_loop(case):
     return run(loop, case)
-
-
-def run_reference(case):
-    """The NumPy reference, as float64 tensors."""
-    x, h0, c0, *weights = (None if t is None else t.double().numpy() for t in case.tensors)
-    sizes = None if case.batch_sizes is None else case.batch_sizes.numpy()
-    options = {"batch_sizes": sizes, "reverse": case.reverse}
-    batch = x.shape[1] if sizes is None else sizes[0]
-    restored = len(h0) != batch
-    if case.resets is not None:
-        options["resets"] = case.resets.numpy()
-        if restored:
-            halves = [(None, None) if s is None else (s[:batch], s[batch:]) for s in (h0, c0)]
-            (h0, options["reset_h"]), (c0, options["reset_c"]) = halves
-    result = reference.forward(case.cell, x, h0, c0, weights, **options)
-    upstream = (None if d is None else d.double().numpy() for d in case.upstream)
-    found = reference.backward(result, *upstream)
-    gradients = {n: getattr(found, "x" if n == "input" else n) for n in ALL_NAMES}
-    gradients = {n: torch.as_tensor(g) for n, g in gradients.items() if g is not None}
-    if restored:
-        for name in ("h", "c") if case.cell == "lstm" else ("h",):
-            more = torch.as_tensor(getattr(found, f"reset_{name}"))
-            gradients[f"{name}0"] = torch.cat((gradients[f"{name}0"], more))
-    results = {n: getattr(result, n) for n in RESULTS}
-    return {n: torch.as_tensor(r) for n, r in results.items() if r is not None}, gradients
 
 
 def loop(

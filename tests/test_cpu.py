@@ -55,6 +55,34 @@ def test_plan_follows_the_shape(threads):
     assert all(plan(b, h)["reason"] for b in (1, 7, 300) for h in (1, 40, 2000))
 
 
+@pytest.fixture
+def whole_pieces():
+    """The backward pass goes through the rows in pieces of the length that users get."""
+    _C.shorten_pieces(False)
+    yield
+    _C.shorten_pieces(True)
+
+
+def test_pieces_of_the_backward_walk_are_long_where_they_are_cheap(whole_pieces):
+    pieces = {cell: plan(64, 256, cell=cell)["piece_rows"] for cell in ("rnn_tanh", "gru", "lstm")}
+    assert pieces == {"rnn_tanh": 1024, "gru": 768, "lstm": 1024}
+    assert plan(64, 1024, inputs=1024)["piece_rows"] == 2048  # weights larger than a cache
+    assert plan(64, 8, cell="rnn_tanh")["piece_rows"] == 32768  # short rows
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_pieces_do_not_change_a_bit_of_the_gradients(whole_pieces, cell, ragged):
+    """Of 2,100 rows or fewer, in one piece, some, and as many as there can be."""
+    for shape in ((30, 70, 9, 100), (2100, 1, 5, 40)):
+        case = make_case(cell, shape, ragged=ragged and shape[1] > 1).to(torch.float32)
+        gradients = run_ours(case)[1]
+        _C.shorten_pieces(True)
+        short = run_ours(case)[1]
+        _C.shorten_pieces(False)
+        assert all(torch.equal(short[name], gradients[name]) for name in gradients)
+
+
 @pytest.mark.parametrize("threads", [1], indirect=True)
 def test_one_thread_is_never_split(threads):
     assert plan(256, 512)["threads"] == 1 and plan(256, 512)["split"] == "none"

@@ -5,11 +5,17 @@ What one path saves the other must be able to read, so the passes are mixed as w
 
 import pytest
 import torch
-from cases import SHAPES, assert_second_backward_is_right, make_case, run_ours, with_resets
+from cases import (
+    SHAPES,
+    VARIANTS,
+    assert_second_backward_is_right,
+    make_case,
+    run_ours,
+    with_resets,
+)
 from emulated import emulated_modules, emulation
 from emulated_checks import (
     PREDICATES,
-    VARIANTS,
     away_from_the_kink,
     by_hand,
     check,

@@ -5,6 +5,7 @@ import torch
 from cases import (
     CELLS,
     SHAPES,
+    VARIANTS,
     as_function,
     assert_gradients_of_each_sample,
     make_case,
@@ -15,7 +16,6 @@ from cases import (
 from emulated import emulation
 from emulated_checks import (
     PREDICATES,
-    VARIANTS,
     check,
     check_both_directions_with_resets,
     check_packed_resets,

@@ -6,6 +6,7 @@ from cases import (
     CELLS,
     DTYPES,
     SHAPES,
+    VARIANTS,
     as_function,
     assert_second_backward_is_right,
     make_case,
@@ -20,14 +21,6 @@ from tolerance import FORWARD, GRADIENT, assert_as_exact, error
 from rnn_ext import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-
-VARIANTS = {
-    "padded": {},
-    "reverse": {"reverse": True},
-    "ragged": {"ragged": True},
-    "ragged_reverse": {"ragged": True, "reverse": True},
-    "without_bias": {"bias": False},
-}
 
 
 def check(case, dtype):

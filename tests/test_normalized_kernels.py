@@ -4,19 +4,11 @@ from functools import cache, partial
 
 import pytest
 import torch
-from cases import DTYPES, with_resets
+from cases import DTYPES, VARIANTS, run, run_reference, with_resets
 from cases import SHAPES as ALL_SHAPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from normalized_cases import (
-    KINDS,
-    make_normalized,
-    reordered,
-    run,
-    run_loop,
-    run_ours,
-    run_reference,
-)
+from normalized_cases import KINDS, make_normalized, reordered, run_loop, run_ours
 from tolerance import FORWARD, GRADIENT, error
 from twins import forget_warnings
 
@@ -26,13 +18,6 @@ from rnn_ext import _C, composite, normalized, reference
 # Two values or one, normalised, say nothing of what they were, and so does the product of a single
 # input: no gradient but rounding is left.
 SHAPES = ((1, 1, 3, 4), *(shape for shape in ALL_SHAPES if shape[3] > 2))
-VARIANTS = {
-    "padded": {},
-    "reverse": {"reverse": True},
-    "ragged": {"ragged": True},
-    "ragged_reverse": {"ragged": True, "reverse": True},
-    "without_bias": {"bias": False},
-}
 composed = pytest.mark.filterwarnings("ignore:.*have no kernel; composed")
 
 

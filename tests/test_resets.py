@@ -11,19 +11,12 @@ from twins import LAYERS, assert_same, forget_warnings, gradients, state, tensor
 import rnn_ext
 from rnn_ext import FallbackWarning, functional
 
-VARIANTS = {
-    "padded": {},
-    "reverse": {"reverse": True},
-    "ragged": {"ragged": True},
-    "ragged_reverse": {"ragged": True, "reverse": True},
-}
 OPTIONS = {
     "plain": {},
     "stack": {"num_layers": 2, "bidirectional": True, "batch_first": True},
 }
 each_layer = pytest.mark.parametrize("name", LAYERS)
 each_stack = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-to_zeros_or_a_state = pytest.mark.parametrize("restored", [False, True], ids=["zeros", "state"])
 
 
 @pytest.fixture(autouse=True)

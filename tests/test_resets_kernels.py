@@ -5,6 +5,7 @@ import torch
 from cases import (
     CELLS,
     DTYPES,
+    VARIANTS,
     as_function,
     assert_gradients_of_each_sample,
     assert_second_backward_is_right,
@@ -17,28 +18,8 @@ from emulated_checks import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import error
-from twins import LAYERS, forget_warnings
 
 from rnn_ext import ops, reference
-
-VARIANTS = {
-    "padded": {},
-    "reverse": {"reverse": True},
-    "ragged": {"ragged": True},
-    "ragged_reverse": {"ragged": True, "reverse": True},
-}
-OPTIONS = {
-    "plain": {},
-    "stack": {"num_layers": 2, "bidirectional": True, "batch_first": True},
-}
-each_layer = pytest.mark.parametrize("name", LAYERS)
-each_stack = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-to_zeros_or_a_state = pytest.mark.parametrize("restored", [False, True], ids=["zeros", "state"])
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    forget_warnings()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -97,7 +78,7 @@ def test_gradients_of_gradients(cell):
     assert_second_backward_is_right(case)
 
 
-@to_zeros_or_a_state
+@pytest.mark.parametrize("restored", [False, True], ids=["zeros", "state"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_each_sample_gets_its_own_gradients(cell, restored):
     case = with_resets(make_case(cell, (4, 2, 5, 9), ragged=True), restored=restored)

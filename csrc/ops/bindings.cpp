@@ -295,6 +295,7 @@ py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps,
   d["threads"] = plan.threads;
   d["split"] = splits[static_cast<int>(plan.split)];
   d["packed"] = plan.pack;
+  d["piece_rows"] = plan.piece_rows;
   d["reason"] = plan.reason;
   return d;
 }

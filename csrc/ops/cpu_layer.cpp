@@ -44,24 +44,16 @@ class ForwardPass {
     const Sizes& s = call.sizes;
     if (save) out_.saved.isa = kernels_.name;
     states_ = large_empty(call.laid_out(s.output), kDtype<value>);
-    if (lstm_ && save) out_.saved.cells = large_empty(call.laid_out(s.hidden), kDtype<real>);
-    if (lstm_ && !save) {
-      out_.c_n = at::empty({call.batch, s.hidden}, kDtype<real>);
-      copy_values<real>(call.restores ? in.c0->narrow(0, 0, call.batch) : *in.c0, *out_.c_n);
-    }
+    const bool lstm = call.kind == CellKind::kLstm;
+    if (lstm && save) out_.saved.cells = large_empty(call.laid_out(s.hidden), kDtype<real>);
+    if (lstm && !save) out_.c_n = running_cells<real>(call, in);
     if (save && options.keep_gates) {
       const long width = kernels_.gates_width(call.kind, s.hidden, sizeof(real));
       if (width) out_.saved.gates = large_empty({call.rows, width}, kDtype<real>);
       if (call.gates == 3 || in.w_hr)
         out_.saved.middle = large_empty({call.rows, s.hidden}, kDtype<value>);
     }
-    args_.steps = call.time(in.reverse);
-    args_.sizes = s;
-    args_.weights = operands_.template weights<value>(in);
-    args_.x = operands_.template read<value>(in.input);
-    args_.h0 = operands_.template read<value>(in.h0);
-    args_.c0 = operands_.template read<real>(in.c0);
-    args_.resets = operands_.template resets<value>(call, in, args_.h0, args_.c0);
+    operands_.template inputs<value>(call, in, args_);
     args_.out = writable<value>(states_);
     args_.c = writable<real>(save ? out_.saved.cells : out_.c_n);
     args_.gates = writable<real>(out_.saved.gates);
@@ -73,20 +65,13 @@ class ForwardPass {
   void run() const { rnn_ext::run(kernels_, call_.kind, args_); }
 
   LayerOutputs outputs() {
-    const Sizes& s = call_.sizes;
-    const at::ScalarType dtype = call_.dtype;
-    out_.h_n = converted(last_states<value>(states_, args_.steps, s.output), dtype);
-    if (lstm_)
-      out_.c_n = converted(
-          save_ ? last_states<real>(*out_.saved.cells, args_.steps, s.hidden) : *out_.c_n, dtype);
-    out_.output = converted(states_, dtype);
-    if (save_) out_.saved.states = states_;
+    complete<value>(call_, args_.steps, states_, save_, out_);
     return std::move(out_);
   }
 
  private:
   const Call& call_;
-  const bool save_, lstm_ = call_.kind == CellKind::kLstm;
+  const bool save_;
   const Kernels& kernels_;
   Operands operands_;
   Tensor states_;
@@ -103,7 +88,6 @@ class BackwardPass {
                const LayerGradients& d, const Wanted& wanted, const PassOptions& options,
                const Plan& plan)
       : call_(call), kernels_(kernels), wanted_(wanted), options_(options) {
-    const Sizes& s = call.sizes;
     allocate(0, in.input, kDtype<value>);
     allocate(1, in.h0);
     allocate(3, in.w_ih);
@@ -113,32 +97,9 @@ class BackwardPass {
     if (in.w_hr) allocate(7, *in.w_hr);
     if (call.restores && out_[1]) out_[1]->zero_();
     if (in.c0) out_[2] = cell_gradient(d.d_c_n);
-    args_.steps = call.time(in.reverse);
-    args_.sizes = s;
-    args_.weights = operands_.template weights<value>(in);
-    args_.x = operands_.template read<value>(in.input);
-    args_.h0 = operands_.template read<value>(in.h0);
-    args_.c0 = operands_.template read<real>(in.c0);
-    args_.resets = operands_.template resets<value>(call, in, args_.h0, args_.c0);
-    if (call.restores && call.rows) {
-      if (out_[1]) args_.d_reset_h = writable<real>(out_[1]) + call.batch * s.output;
-      if (out_[2]) args_.d_reset_c = writable<real>(out_[2]) + call.batch * s.hidden;
-    }
-    args_.out = operands_.template read<value>(saved.states);
-    args_.c = operands_.template read<real>(saved.cells);
-    args_.gates = operands_.template read<real>(saved.gates);
-    args_.middle = operands_.template read<value>(saved.middle);
-    args_.d_out = operands_.template read<value>(d.d_output);
-    args_.d_hn = operands_.template read<real>(d.d_h_n);
-    args_.d_c = operands_.template read<real>(d.d_cells);
-    args_.dx = writable<value>(out_[0]);
-    args_.dh0 = writable<real>(out_[1]);
-    args_.dc = writable<real>(out_[2]);
-    args_.dw_ih = writable<real>(out_[3]);
-    args_.dw_hh = writable<real>(out_[4]);
-    args_.db_ih = writable<real>(out_[5]);
-    args_.db_hh = writable<real>(out_[6]);
-    args_.dw_hr = writable<real>(out_[7]);
+    operands_.template inputs<value>(call, in, args_);
+    operands_.template upstream<value>(saved, d, args_);
+    write_gradients<value>(call, out_, args_);
     args_.groups = call.groups;
     args_.add = !options.sums.empty();
     args_.clip = options.clip;

@@ -58,20 +58,6 @@ const NormalizedKernels<BFloat16>& table(const Kernels& k, BFloat16) {
   return *k.bfloat16->normalized;
 }
 
-// What both passes read.
-template <class value, class Args>
-void read_inputs(Operands& operands, const Call& call, const LayerInputs& in, Args& args) {
-  using real = Real<value>;
-  args.steps = call.time(in.reverse);
-  args.sizes = call.sizes;
-  args.weights = operands.template weights<value>(in);
-  args.x = operands.template read<value>(in.input);
-  args.h0 = operands.template read<value>(in.h0);
-  args.c0 = operands.template read<real>(in.c0);
-  args.resets = operands.template resets<value>(call, in, args.h0, args.c0);
-  args.plan = plan_of<value>(call);
-}
-
 template <class value>
 LayerOutputs forward(const Call& call, const Kernels& kernels, const LayerInputs& in,
                      const ExtraTensors& extras, bool save) {
@@ -87,26 +73,19 @@ LayerOutputs forward(const Call& call, const Kernels& kernels, const LayerInputs
         kernels.record_width(call.kind, s.hidden, extras[0].has_value(), sizeof(real));
     out.saved.gates = large_empty({call.rows, width}, kDtype<real>);
   } else if (lstm) {
-    out.c_n = at::empty({call.batch, s.hidden}, kDtype<real>);
-    copy_values<real>(call.restores ? in.c0->narrow(0, 0, call.batch) : *in.c0, *out.c_n);
+    out.c_n = running_cells<real>(call, in);
   }
   Operands operands;
   NormalizedForwardArgs<value> args{};
-  read_inputs<value>(operands, call, in, args.layer);
+  operands.inputs<value>(call, in, args.layer);
+  args.layer.plan = plan_of<value>(call);
   args.extras = read<value>(operands, extras);
   args.layer.out = writable<value>(states);
   args.layer.c = writable<real>(save ? out.saved.cells : out.c_n);
   args.layer.gates = writable<real>(out.saved.gates);
   args.layer.save = save;
   if (call.rows) table(kernels, value{}).forward(call.kind, args);
-
-  out.h_n = converted(last_states<value>(states, args.layer.steps, s.output), call.dtype);
-  if (lstm)
-    out.c_n =
-        converted(save ? last_states<real>(*out.saved.cells, args.layer.steps, s.hidden) : *out.c_n,
-                  call.dtype);
-  out.output = converted(states, call.dtype);
-  if (save) out.saved.states = states;
+  complete<value>(call, args.layer.steps, states, save, out);
   return out;
 }
 
@@ -115,7 +94,6 @@ NormalizedGradients backward(const Call& call, const Kernels& kernels, const Lay
                              const ExtraTensors& extras, const Saved& saved,
                              const LayerGradients& d, const NormalizedWanted& wanted) {
   using real = Real<value>;
-  const Sizes& s = call.sizes;
   NormalizedGradients out;
   const std::array<OptionalTensor, kLayerInputs> given{in.input, in.h0,   in.c0,   in.w_ih,
                                                        in.w_hh,  in.b_ih, in.b_hh, {}};
@@ -133,26 +111,11 @@ NormalizedGradients backward(const Call& call, const Kernels& kernels, const Lay
   }
   Operands operands;
   NormalizedBackwardArgs<value> args{};
-  BackwardArgs<value>& layer = args.layer;
-  read_inputs<value>(operands, call, in, layer);
+  operands.inputs<value>(call, in, args.layer);
+  args.layer.plan = plan_of<value>(call);
   args.extras = read<value>(operands, extras);
-  if (call.restores && call.rows) {
-    if (out[1]) layer.d_reset_h = writable<real>(out[1]) + call.batch * s.output;
-    if (out[2]) layer.d_reset_c = writable<real>(out[2]) + call.batch * s.hidden;
-  }
-  layer.out = operands.template read<value>(saved.states);
-  layer.c = operands.template read<real>(saved.cells);
-  layer.gates = operands.template read<real>(saved.gates);
-  layer.d_out = operands.template read<value>(d.d_output);
-  layer.d_hn = operands.template read<real>(d.d_h_n);
-  layer.d_c = operands.template read<real>(d.d_cells);
-  layer.dx = writable<value>(out[0]);
-  layer.dh0 = writable<real>(out[1]);
-  layer.dc = writable<real>(out[2]);
-  layer.dw_ih = writable<real>(out[3]);
-  layer.dw_hh = writable<real>(out[4]);
-  layer.db_ih = writable<real>(out[5]);
-  layer.db_hh = writable<real>(out[6]);
+  operands.upstream<value>(saved, d, args.layer);
+  write_gradients<value>(call, out, args.layer);
   args.d_gain_ih = writable<real>(out[8]);
   args.d_gain_hh = writable<real>(out[9]);
   args.d_gain_cell = writable<real>(out[10]);

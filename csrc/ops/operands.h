@@ -4,7 +4,9 @@
 #include <ATen/ops/zeros.h>
 
 #include <cstring>
+#include <span>
 
+#include "../cpu/problem.h"
 #include "../cpu/scratch.h"
 #include "call.h"
 
@@ -63,6 +65,31 @@ class Operands {
     return {read<value>(in.w_ih), read<value>(in.w_hh), read<real>(in.b_ih), read<real>(in.b_hh),
             read<value>(in.w_hr)};
   }
+  // What both passes read of a layer's inputs.
+  template <class value, class Args>
+  void inputs(const Call& call, const LayerInputs& in, Args& args) {
+    args.steps = call.time(in.reverse);
+    args.sizes = call.sizes;
+    args.weights = weights<value>(in);
+    args.x = read<value>(in.input);
+    args.h0 = read<value>(in.h0);
+    args.c0 = read<Real<value>>(in.c0);
+    args.resets = resets<value>(call, in, args.h0, args.c0);
+  }
+  // What the backward pass reads beside them.
+  template <class value>
+  void upstream(const Saved& saved, const LayerGradients& d, BackwardArgs<value>& args) {
+    using real = Real<value>;
+    args.out = read<value>(saved.states);
+    args.c = read<real>(saved.cells);
+    args.gates = read<real>(saved.gates);
+    args.middle = read<value>(saved.middle);
+    args.d_out = read<value>(d.d_output);
+    args.d_hn = read<real>(d.d_h_n);
+    args.d_c = read<real>(d.d_cells);
+  }
+
+ private:
   // `h` and `c` are h0 and c0 as the kernel reads them.
   template <class value>
   Resets<value> resets(const Call& call, const LayerInputs& in, const value* h,
@@ -79,7 +106,6 @@ class Operands {
     return {rows, no_h, read<Real<value>>(held_.back()), true};
   }
 
- private:
   std::vector<Tensor> held_;
 };
 
@@ -112,6 +138,44 @@ Tensor last_states(const Tensor& all, const Steps& time, long features) {
                   ending * features * sizeof(T));
   }
   return last;
+}
+
+// Where the forward pass keeps c_t where it saves none: it begins as c0 and ends as c_n.
+template <class T>
+Tensor running_cells(const Call& call, const LayerInputs& in) {
+  Tensor c = at::empty({call.batch, call.sizes.hidden}, kDtype<T>);
+  copy_values<T>(call.restores ? in.c0->narrow(0, 0, call.batch) : *in.c0, c);
+  return c;
+}
+
+// The results of a forward pass that wrote `states` and, in `out`, saved cells or running ones.
+template <class value>
+void complete(const Call& call, const Steps& time, const Tensor& states, bool save,
+              LayerOutputs& out) {
+  if (save && out.saved.cells)
+    out.c_n = last_states<Real<value>>(*out.saved.cells, time, call.sizes.hidden);
+  if (out.c_n) out.c_n = converted(*out.c_n, call.dtype);
+  out.h_n = converted(last_states<value>(states, time, call.sizes.output), call.dtype);
+  out.output = converted(states, call.dtype);
+  if (save) out.saved.states = states;
+}
+
+// Where the backward pass writes; `out` has the order of LayerInputs.
+template <class value>
+void write_gradients(const Call& call, std::span<const OptionalTensor> out,
+                     BackwardArgs<value>& args) {
+  using real = Real<value>;
+  args.dx = writable<value>(out[0]);
+  args.dh0 = writable<real>(out[1]);
+  args.dc = writable<real>(out[2]);
+  args.dw_ih = writable<real>(out[3]);
+  args.dw_hh = writable<real>(out[4]);
+  args.db_ih = writable<real>(out[5]);
+  args.db_hh = writable<real>(out[6]);
+  args.dw_hr = writable<real>(out[7]);
+  if (!call.restores || !call.rows) return;
+  if (args.dh0) args.d_reset_h = args.dh0 + call.batch * call.sizes.output;
+  if (args.dc) args.d_reset_c = args.dc + call.batch * call.sizes.hidden;
 }
 
 // Calls body with a number of the type that is stored and multiplied.
