@@ -1,6 +1,10 @@
 """Shared by all tests: a fixed seed; kernels whose working memory starts out as NaN, and whose
 backward pass goes through the rows in pieces as short as they can be."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -43,3 +47,27 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """The folder of the examples, where their modules find each other and tests find them."""
+    folder = Path(__file__).resolve().parent.parent / "examples"
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def run_example(examples, tmp_path, monkeypatch, capfd):
+    """run_example("digits", "--quick") -> (exit code, stdout, stderr); it runs in tmp_path."""
+    pytest.importorskip("tqdm")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *options):
+        module, common = importlib.import_module(name), importlib.import_module("common")
+        code = common.exit_code(module.main, [*map(str, options)])
+        return code, *capfd.readouterr()
+
+    return run

@@ -1,5 +1,6 @@
 """examples/char_lm.py from the outside: what it prints and writes, resuming, Ctrl-C, bad input."""
 
+import importlib
 import io
 import os
 import pickle
@@ -16,18 +17,12 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = ["--hidden", "12", "--batch", "4", "--window", "16", "--steps", "40", "--length", "30"]
 
 
-@pytest.fixture(scope="module")
-def example():
-    """The modules char_lm and common; the examples find each other through their own folder."""
+@pytest.fixture
+def example(examples):
+    """The modules char_lm and common."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import char_lm
-        import common
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return char_lm, common
+    return importlib.import_module("char_lm"), importlib.import_module("common")
 
 
 @pytest.fixture
@@ -38,19 +33,11 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def run(example, tmp_path, text, monkeypatch, capsys):
+def run(run_example, text):
     """Run the example in this process, in tmp_path, on text; return (exit code, stdout, stderr)."""
-    char_lm, common = example
-    monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-
-    def run(*options):
-        arguments = [*TINY, "--text", str(text), *map(str, options)]
-        code = common.exit_code(char_lm.main, arguments)
-        return code, *capsys.readouterr()
-
-    yield run
+    yield lambda *options: run_example("char_lm", *TINY, "--text", text, *options)
     torch.set_num_threads(threads)
 
 

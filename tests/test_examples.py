@@ -7,14 +7,12 @@ examples that use it are skipped.
 import importlib
 import importlib.util
 import re
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+pytestmark = pytest.mark.usefixtures("examples")
 
 
 @dataclass
@@ -88,29 +86,6 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _found():
-    """The examples find what they share in their own folder."""
-    pytest.importorskip("tqdm")
-    pytest.importorskip("matplotlib")
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capfd):
-    """run("digits", "--quick") -> (exit code, stdout, stderr), in this process, in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(name, *options):
-        module, common = importlib.import_module(name), importlib.import_module("common")
-        code = common.exit_code(module.main, [*map(str, options)])
-        return code, *capfd.readouterr()
-
-    return run
-
-
 def named(names):
     return [pytest.param(name, id=name) for name in names]
 
@@ -121,16 +96,16 @@ def skip_without(name):
             pytest.skip(f"{package} is not installed (make examples installs it)")
 
 
-def test_every_example_is_run_here():
-    files = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
+def test_every_example_is_run_here(examples):
+    files = {path.stem for path in examples.glob("*.py") if "__main__" in path.read_text()}
     assert files == set(RUNS)
 
 
 @pytest.mark.parametrize("name", named(RUNS))
-def test_quick_run(name, run, tmp_path):
+def test_quick_run(name, run_example, tmp_path):
     skip_without(name)
     example, options = RUNS[name], ["--quick", *RUNS[name].options]
-    code, out, err = run(name, *options)
+    code, out, err = run_example(name, *options)
     assert code == 0, err
     for label, (lowest, highest) in example.scores.items():
         value = re.search(rf"^{re.escape(label)} +([\d.]+)", out, re.MULTILINE)
@@ -145,10 +120,10 @@ def test_quick_run(name, run, tmp_path):
     for path in written:
         assert path.stat().st_size > (20_000 if path.suffix == ".png" else 0), path
     if example.learns:
-        checks_of_a_training(name, run, options, written, out)
+        checks_of_a_training(name, run_example, options, written, out)
 
 
-def checks_of_a_training(name, run, options, written, out):
+def checks_of_a_training(name, run_example, options, written, out):
     assert re.search(r"rnn_ext trains \d+\.\d\d times as fast as torch.nn", out)
     [checkpoint] = [path for path in written if path.suffix == ".pt"]
     saved = torch.load(checkpoint, weights_only=True)
@@ -158,27 +133,27 @@ def checks_of_a_training(name, run, options, written, out):
         losses = learner["losses"]
         quarter = len(losses) // 4
         assert quarter and sum(losses[-quarter:]) < 0.95 * sum(losses[:quarter])
-    code, again, err = run(name, *options, "--resume", "--checkpoint", checkpoint)
+    code, again, err = run_example(name, *options, "--resume", "--checkpoint", checkpoint)
     assert code == 0, err
     table = re.search(r"^training loss, .*$", out, re.MULTILINE)[0]
     assert table in again and "times as fast" not in again  # nothing was trained, nothing timed
     torch.save(saved | {"kind": "another example"}, checkpoint)
-    code, _, err = run(name, *options, "--resume", "--checkpoint", checkpoint)
+    code, _, err = run_example(name, *options, "--resume", "--checkpoint", checkpoint)
     assert code == 2 and err.count("\n") == 1
     assert "is no checkpoint of this example" in err
 
 
 @pytest.mark.parametrize("name", named(RUNS))
-def test_help(name, run):
+def test_help(name, run_example):
     skip_without(name)
     with pytest.raises(SystemExit) as end:
-        run(name, "--help")
+        run_example(name, "--help")
     assert end.value.code == 0
     assert f"python examples/{name}.py" in importlib.import_module(name).__doc__
 
 
 @pytest.mark.parametrize("name", named(RUNS))
-def test_a_missing_package_is_a_sentence(name, run, monkeypatch, tmp_path):
+def test_a_missing_package_is_a_sentence(name, run_example, monkeypatch, tmp_path):
     find = importlib.util.find_spec
     for package in [*RUNS[name].needs, "matplotlib"]:
 
@@ -186,7 +161,7 @@ def test_a_missing_package_is_a_sentence(name, run, monkeypatch, tmp_path):
             return None if asked == package else find(asked, *parent)
 
         monkeypatch.setattr(importlib.util, "find_spec", without)
-        code, _, err = run(name, "--quick")
+        code, _, err = run_example(name, "--quick")
         assert code == 2 and err.count("\n") == 1
         assert err.startswith("error: this example needs ") and "pip install" in err
     assert not list(tmp_path.iterdir())
@@ -202,11 +177,11 @@ def test_a_missing_package_is_a_sentence(name, run, monkeypatch, tmp_path):
     ],
     ids=lambda options: options.split(" --dropout")[0],
 )
-def test_language_models_of_a_text(run, tmp_path, options):
+def test_language_models_of_a_text(run_example, tmp_path, options):
     sentence = "the quick brown fox jumps over the lazy dog.\n"
     (tmp_path / "text.txt").write_text(200 * sentence, encoding="utf-8")
     tiny = "--text text.txt --hidden 24 --batch 4 --window 16 --steps 60 --length 40".split()
-    code, out, err = run("language_model", *tiny, "--no-compare", *options.split())
+    code, out, err = run_example("language_model", *tiny, "--no-compare", *options.split())
     assert code == 0, err
     assert float(re.search(r"^held-out perplexity +([\d.]+)", out, re.MULTILINE)[1]) < 9
     assert "<unk>" in out or "--vocabulary" not in options
@@ -227,10 +202,10 @@ def test_language_models_of_a_text(run, tmp_path, options):
         ("tagging", ["--color", "nowhere.py"], "cannot read nowhere.py"),
     ],
 )
-def test_bad_input_is_a_sentence(run, tmp_path, name, options, words):
+def test_bad_input_is_a_sentence(run_example, tmp_path, name, options, words):
     skip_without(name)
     (tmp_path / "short.txt").write_text("a few words")
-    code, _, err = run(name, "--quick", *options)
+    code, _, err = run_example(name, "--quick", *options)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert words in err
     assert not (tmp_path / "runs").exists()

@@ -3,8 +3,6 @@
 import importlib
 import importlib.util
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,30 +10,7 @@ import torch
 
 import rnn_ext
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _found():
-    """The examples find what they share in their own folder."""
-    pytest.importorskip("tqdm")
-    pytest.importorskip("matplotlib")
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capfd):
-    """run("control", "--quick") -> (exit code, stdout, stderr), in this process, in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(name, *options):
-        module, common = importlib.import_module(name), importlib.import_module("common")
-        code = common.exit_code(module.main, [*map(str, options)])
-        return code, *capfd.readouterr()
-
-    return run
+pytestmark = pytest.mark.usefixtures("examples")
 
 
 def arguments(**values):
@@ -74,20 +49,20 @@ def test_control_estimates_advantages_as_their_definition():
     torch.testing.assert_close(got.flatten(), torch.tensor(expected))
 
 
-def test_control_resumes(run, tmp_path):
+def test_control_resumes(run_example, tmp_path):
     pytest.importorskip("gymnasium")
     tiny = ["--window", 32, "--batch", 4, "--hidden", 8, "--checkpoint", tmp_path / "a.pt"]
-    code, _, err = run("control", *tiny, "--steps", 3)
+    code, _, err = run_example("control", *tiny, "--steps", 3)
     assert code == 0, err
     first = torch.load(tmp_path / "a.pt", weights_only=True)["learners"]
-    code, _, err = run("control", *tiny, "--steps", 5, "--resume")
+    code, _, err = run_example("control", *tiny, "--steps", 5, "--resume")
     assert code == 0, err
     second = torch.load(tmp_path / "a.pt", weights_only=True)["learners"]
     for name in ("rnn_ext", "torch.nn"):
         assert len(second[name]["losses"]) == 5
         assert second[name]["losses"][:3] == first[name]["losses"]
     assert first["rnn_ext"]["losses"] == pytest.approx(first["torch.nn"]["losses"], abs=1e-3)
-    code, _, err = run("control", *tiny, "--layers", 2)
+    code, _, err = run_example("control", *tiny, "--layers", 2)
     assert code == 2 and "one layer" in err
 
 
@@ -161,18 +136,18 @@ def test_gradient_health_finds_what_cells_say(kind):
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-7)
 
 
-def test_one_to_many_reads_names_of_the_users(run, tmp_path):
+def test_one_to_many_reads_names_of_the_users(run_example, tmp_path):
     path = tmp_path / "names.txt"
     syllables = {"short": "ab", "long": "xyzw"}
     lines = [f"{c}\t{s}{n}{s * 2}" for c, s in syllables.items() for n in range(30)]
     path.write_text("\n".join(lines))
     options = ["--names", path, "--hidden", 8, "--steps", 10, "--batch", 16]
-    code, out, err = run("one_to_many", *options)
+    code, out, err = run_example("one_to_many", *options)
     assert code == 0, err
     assert "2 categories, 54 names to train, 6 to test" in out
     for broken, sentence in (("short ab", "line 1"), ("short\tab", "give 20 or more")):
         path.write_text(broken)
-        code, _, err = run("one_to_many", *options)
+        code, _, err = run_example("one_to_many", *options)
         assert code == 2 and err.count("\n") == 1 and sentence in err
 
 
@@ -187,10 +162,10 @@ def test_one_to_many_reads_names_of_the_users(run, tmp_path):
         ("gradient_health", "sklearn", ["--layers", "2"], "leave out --layers"),
     ],
 )
-def test_bad_input_is_a_sentence(run, tmp_path, name, package, options, words):
+def test_bad_input_is_a_sentence(run_example, tmp_path, name, package, options, words):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed (make examples installs it)")
-    code, _, err = run(name, "--quick", *options)
+    code, _, err = run_example(name, "--quick", *options)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert words in err
     assert not (tmp_path / "runs").exists()
