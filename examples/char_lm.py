@@ -96,7 +96,7 @@ def run(args, device):
     training.report(learners, args.batch * args.window, "character")
     print(f"\nsample, temperature {args.temperature:g}, continuing {prefix!r}:\n")
     codes = [vocabulary.index(character) for character in prefix]
-    drawn = language.sample(ours, codes, args.length, args.temperature)
+    [drawn] = language.sample(ours, codes, args.length, args.temperature)
     print(prefix + "".join(vocabulary[code] for code in drawn))
     title = f"Character language model: {args.cell}, {args.layers} x {args.hidden} units"
     label = "cross-entropy (bits per character)"

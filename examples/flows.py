@@ -16,11 +16,15 @@ def read(member, states, labels):
     return nn.functional.cross_entropy(member.readout(states[-1]), labels, reduction="sum")
 
 
-def flow(member, steps, labels):
-    """||dL/dh_t|| [T], in passing: one forward and one backward pass of the layer."""
+def flows_of_layers(member, steps, labels):
+    """||dL/dh_t|| [layers, T], in passing: one forward and one backward pass."""
     return rnn_ext.gradient_flow(
         member.recurrent, steps, loss_fn=lambda states, _: read(member, states, labels)
-    ).norms[0, 0]
+    ).norms[:, 0]
+
+
+def flow(member, steps, labels):  # -> [T]
+    return flows_of_layers(member, steps, labels)[0]
 
 
 def flow_by_cells(member, steps, labels):
@@ -48,17 +52,12 @@ def exploding_flow(args, steps, labels, grad_clip):
 
 
 def flow_through_depth(args, steps, labels, residual):
-    """||dL/dx|| of the output of each layer [depth]."""
+    """The norm of dL/dh over all steps, of each layer [depth]."""
     torch.manual_seed(args.seed)
-    first, readout = nn.Linear(1, args.hidden), nn.Linear(args.hidden, 10)
-    stack = [rnn_ext.RNN(args.hidden, args.hidden) for _ in range(args.depth)]
-    nn.ModuleList([first, readout, *stack]).to(steps.device)
-    outputs = [first(steps)]
-    for layer in stack:
-        output, _ = layer(outputs[-1])
-        outputs.append(outputs[-1] + output if residual else output)
-    loss = nn.functional.cross_entropy(readout(outputs[-1][-1]), labels, reduction="sum")
-    return torch.stack([g.norm() for g in torch.autograd.grad(loss, outputs[1:])])
+    member = nn.Module()
+    member.recurrent = rnn_ext.RNN(1, args.hidden, args.depth, residual=residual)
+    member.readout = nn.Linear(args.hidden, 10)
+    return flows_of_layers(member.to(steps.device), steps, labels).norm(dim=1)
 
 
 def compare(members, steps, labels):

@@ -84,6 +84,8 @@ def main(arguments):
     common.require(sklearn="scikit-learn")
     if args.layers > 1:
         raise InputError("one layer is looked at, and --depth of them; leave out --layers")
+    if args.depth < 2:
+        raise InputError("--depth takes 2 layers or more: between them lie the links")
     device = common.usable_device(args.device)
     data = digits.images(device)
     args.steps = training.number_of_steps(args, len(data[0]) / args.batch, default_epochs=15)
@@ -142,7 +144,7 @@ def draw(args, before, after, exploding, depth, learners):
         for name, norms in depth.items():
             axes["d"].semilogy(range(1, args.depth + 1), norms, marker="o", label=name)
         axes["d"].set(title=f"Through {args.depth} layers (tanh RNN)", xlabel="layer")
-        axes["d"].set(ylabel="norm of the gradient of its output")
+        axes["d"].set(ylabel="||dL/dh|| over all steps")
         plots.losses(axes["e"], learners, "nats, mean of the four")
         names = {"rnn_ext": "rnn_ext.gradient_flow", "torch.nn": "loop over torch.nn's cells"}
         for number, (name, label) in enumerate(names.items()):

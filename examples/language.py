@@ -8,6 +8,8 @@ from corpora import BOS, PAD
 from torch import nn
 from training import Learner, Score
 
+import rnn_ext
+
 IGNORED = -100  # cross_entropy leaves targets of this value out
 
 
@@ -121,24 +123,18 @@ class LanguageLearner(Learner):
 
 
 @torch.no_grad()
-def sample(model, codes, length, temperature, top_k=None, stop=None):
-    """Continue codes by at most length tokens drawn from softmax(logits / temperature).
+def sample(model, codes, length, temperature, count=1, top_k=None, stop=None):
+    """count continuations of codes by at most length tokens, as lists.
 
-    The state is warmed up on codes. top_k: only among the likeliest k. Ends at the token stop.
+    Drawn from softmax(logits / temperature), with top_k only among the likeliest k; temperature 0
+    takes the likeliest. The token stop ends one, and is left out.
     """
-    model.eval()
-    device = next(model.parameters()).device
-    codes, state, drawn = list(codes), None, []
-    for _ in range(length):
-        logits, state = model(torch.tensor(codes, device=device).unsqueeze(1), state)
-        logits = logits[-1, 0].double().cpu()
-        if temperature == 0:
-            codes = [logits.argmax().item()]
-        else:
-            if top_k is not None and top_k < len(logits):
-                logits[logits < logits.topk(top_k).values[-1]] = -math.inf
-            codes = torch.softmax(logits / temperature, dim=0).multinomial(1).tolist()
-        if codes[0] == stop:
-            break
-        drawn += codes
-    return drawn
+    embedding = model.embedding
+    if model.scale != 1:
+        embedding = nn.Embedding.from_pretrained(model.scale * embedding.weight)
+    prefix = torch.tensor([list(codes)] * count, device=embedding.weight.device)
+    written = rnn_ext.generate(
+        embedding, model.recurrent, model.readout, prefix, length, temperature, top_k, eos=stop
+    )
+    rows = written[:, prefix.size(1) :].tolist()
+    return [row[: row.index(stop)] if stop in row else row for row in rows]

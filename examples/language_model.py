@@ -142,10 +142,9 @@ def build(library, args, corpus, device):
 def show_samples(model, corpus, args):
     prefix = "The" if args.prefix is None and not args.reber else args.prefix or ""
     prefix = corpus.vocabulary.encode(corpus.split(prefix))
-    options = args.length, args.temperature, args.top_k, corpora.EOS
+    options = args.length, args.temperature, 5 if args.reber else 1, args.top_k, corpora.EOS
     print(f"\nsamples, temperature {args.temperature:g}:\n")
-    for _ in range(5 if args.reber else 1):
-        drawn = language.sample(model, [corpora.BOS, *prefix], *options)
+    for drawn in language.sample(model, [corpora.BOS, *prefix], *options):
         print(corpus.vocabulary.decode([*prefix, *drawn]))
 
 

@@ -104,11 +104,10 @@ def main(arguments):
 
 def compose(model, vocabulary, header, args):
     """Sampled tunes that are well formed, with their scores; prints how many are."""
-    prefix, written, full, bars = vocabulary.encode(header), [], 0, 0
-    for _ in range(args.tunes):
-        codes = language.sample(
-            model, [corpora.BOS, *prefix], 600, args.temperature, stop=corpora.EOS
-        )
+    prefix, written, full, bars = [corpora.BOS, *vocabulary.encode(header)], [], 0, 0
+    for codes in language.sample(
+        model, prefix, 600, args.temperature, args.tunes, stop=corpora.EOS
+    ):
         tune = header + [vocabulary.tokens[code] for code in codes]
         score, problems = abc.check(tune)
         if score:

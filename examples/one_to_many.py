@@ -24,6 +24,8 @@ from names import LONGEST, read_names
 from torch import nn
 from training import Score
 
+import rnn_ext
+
 KIND = "rnn_ext one_to_many 1"
 QUICK = {"hidden": 48, "steps": 200}
 END, NOTHING = 0, -100  # the number that begins and ends a name; what is no target
@@ -64,13 +66,9 @@ class Namer(nn.Module):
         return torch.stack([-self.losses(category, targets).sum(0) for category in told])
 
     @torch.no_grad()
-    def sample(self, categories, temperature):  # [B] -> letters [LONGEST, B]
-        state, letters = self.begin(categories), [torch.zeros_like(categories).unsqueeze(0)]
-        while len(letters) <= LONGEST:
-            logits, state = self(letters[-1], state)
-            probabilities = torch.softmax(logits[0] / temperature, -1)
-            letters.append(probabilities.multinomial(1).t())
-        return torch.cat(letters[1:])
+    def sample(self, categories, temperature):  # [B] -> letters [B, up to LONGEST]
+        modules, state = (self.letters, self.recurrent, self.readout), self.begin(categories)
+        return rnn_ext.decode(*modules, state, END, LONGEST, eos=END, temperature=temperature)
 
 
 class NamerLearner(training.Learner):
@@ -161,7 +159,7 @@ def sample_names(model, found, vocabulary, args, number=6):
     torch.manual_seed(args.seed)
     device = next(model.parameters()).device
     categories = torch.arange(len(found), device=device).repeat_interleave(number)
-    rows = model.eval().sample(categories, args.temperature).t().tolist()
+    rows = model.sample(categories, args.temperature).tolist()
     names = ["".join(vocabulary[n] for n in row).split(vocabulary[END])[0] for row in rows]
     return {c: names[number * i : number * (i + 1)] for i, c in enumerate(found)}
 

@@ -90,6 +90,6 @@ def report(model, corpus):
     print(f"\nexact      no model can do better than {known}")
     recalled = recall(model, corpus.vocabulary, corpus.held_out)
     print(f"recall     T or P at the end as at the beginning: {recalled:.1%}")
-    drawn = [sample(model, [BOS], 100, 1.0, stop=EOS) for _ in range(100)]
+    drawn = sample(model, [BOS], 100, 1.0, count=100, stop=EOS)
     right = sum(grammatical(corpus.vocabulary.decode(codes)) for codes in drawn)
     print(f"grammar    {right} of 100 sampled strings belong to it")

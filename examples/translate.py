@@ -16,6 +16,7 @@ error. Greedy decoding writes the likeliest phoneme at each step; beam decoding 
 likeliest beginnings.
 """
 
+import copy
 import sys
 
 import common
@@ -27,6 +28,8 @@ from pronunciation import BOS, EOS, LETTERS, LONGEST, PAD, Dictionary, error_rat
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from training import Score, map_state
+
+import rnn_ext
 
 KIND = "rnn_ext translate 1"
 QUICK = {"hidden": 64, "steps": 150, "test_words": 50, "beam": 2}
@@ -66,27 +69,16 @@ class Speller(nn.Module):
 
 
 @torch.no_grad()
-def beam_search(model, letters, beam):
-    """The best of beam sequences for each column of letters [T, B], as lists of numbers."""
-    model.eval()
-    state = map_state(lambda s: s.repeat_interleave(beam, 1), model.encode(letters))
-    row = torch.arange(letters.size(1), device=letters.device).unsqueeze(1)
-    written = torch.full((len(row), beam, 1), BOS, device=letters.device)
-    scores = torch.full((len(row), beam), -torch.inf, device=letters.device)
-    scores[:, 0] = 0  # all begin alike: let the first one spread
-    while written.size(2) <= LONGEST and not (written[:, 0, -1] == EOS).all():
-        logits, state = model.decode(written[..., -1].view(1, -1), state)
-        gains = logits.view(len(row), beam, -1).log_softmax(-1)
-        over = written[..., -1] == EOS
-        gains[over] = -torch.inf
-        gains[..., EOS][over] = 0  # nothing follows <eos> but itself
-        gains[..., [PAD, BOS]] = -torch.inf
-        scores, places = (scores.unsqueeze(2) + gains).flatten(1).topk(beam)
-        parents = places // gains.size(2)
-        written = torch.cat([written[row, parents], places.unsqueeze(2) % gains.size(2)], 2)
-        moved = (row * beam + parents).flatten()
-        state = map_state(lambda s, moved=moved: s.index_select(1, moved), state)
-    return [[n for n in best if n > EOS] for best in written[:, 0].tolist()]
+def pronounce(model, letters, beam):
+    """What the decoder writes for each column of letters [T, B], as lists of numbers.
+
+    It writes the likeliest phoneme at each step, or with beam > 1 the best of so many beginnings.
+    """
+    head = copy.deepcopy(model.readout)
+    head.bias[[PAD, BOS]] = -torch.inf  # neither is ever written
+    modules, state = (model.phonemes, model.decoder, head), model.encode(letters)
+    said = rnn_ext.decode(*modules, state, BOS, LONGEST, EOS, temperature=0, beams=beam)
+    return [[number for number in row if number != EOS] for row in said.tolist()]
 
 
 class SpellerLearner(training.Learner):
@@ -115,7 +107,7 @@ class SpellerLearner(training.Learner):
 
     def evaluate(self):
         letters, right = self.test
-        return error_rates(beam_search(self.model, letters, beam=1), right)[0]
+        return error_rates(pronounce(self.model, letters, beam=1), right)[0]
 
 
 def parse(arguments):
@@ -158,11 +150,11 @@ def main(arguments):
     said = {}
     for beam in (1, args.beam):
         name = f"beam {beam}" if beam > 1 else "greedy"
-        said[name] = beam_search(ours, test[0], beam)
+        said[name] = pronounce(ours, test[0], beam)
         phonemes, whole = error_rates(said[name], test[1])
         print(f"{name:8} phoneme error rate {phonemes:5.2f} %, word error rate {whole:5.2f} %")
     letters = spell(args.words, device)
-    for word, numbers in zip(args.words, beam_search(ours, letters, args.beam), strict=True):
+    for word, numbers in zip(args.words, pronounce(ours, letters, args.beam), strict=True):
         print(f"  {word:20} {dictionary.phonemes(numbers)}")
     draw(args, learners, said, held_out, test[1])
     training.summary(learners, args)
