@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import math
+import runpy
 import struct
 from fractions import Fraction
 
@@ -270,3 +271,13 @@ def test_the_mean_of_losses_and_the_rate():
     assert 0 < rate(99) < 0.01
     score = training.Score("perplexity", ".2f", math.exp)
     assert score(0.0) == "1.00"
+
+
+def test_a_table_row_of_several_seeds(examples):
+    tool = runpy.run_path(str(examples.parent / "tools/example_seeds.py"))
+    line = "summary  digits: test accuracy {:.2%} (torch.nn {:.2%}); 1.06 times as fast; wrote a.pt"
+    printed = [line.format(*pair) for pair in ((0.97, 0.96), (0.99, 0.97))]
+    row = tool["table_row"]("digits", list(map(tool["headline"], printed)))
+    cells = "98.00 % (97.00 to 99.00) | 96.50 % (96.00 to 97.00)"
+    assert row == f"| digits | test accuracy | {cells} | yes |"
+    assert tool["headline"]("summary  copy_task: bits copied: full BPTT 8; wrote a.png") is None
