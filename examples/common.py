@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 import signal
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import distributed
@@ -26,8 +28,9 @@ def require(*packages, **imported_as):
     A keyword is the name that Python imports, its value the name that pip knows.
     """
     names = {name: name for name in packages} | imported_as
-    missing = [pip for name, pip in names.items() if importlib.util.find_spec(name) is None]
-    if missing:
+    specs = {pip: importlib.util.find_spec(name) for name, pip in names.items()}
+    missing = [pip for pip, spec in specs.items() if spec is None or spec.origin is None]
+    if missing:  # without an origin it is but a folder of that name
         raise InputError(
             f"this example needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
@@ -36,6 +39,15 @@ def require(*packages, **imported_as):
 def package_folder(name):
     """Where a package that `require` found lies, without importing it (for the data in it)."""
     return Path(importlib.util.find_spec(name).origin).parent
+
+
+def package_data(name, file, read):
+    """read(path) of a file that comes with a package: what is in it, as a list or a dict."""
+    path = package_folder(name) / file
+    with contextlib.suppress(OSError, EOFError, ValueError, IndexError, zlib.error):
+        if found := read(path):
+            return found
+    raise InputError(f"{path} is missing or damaged; install the package {name} anew")
 
 
 def exit_code(main, arguments):
@@ -68,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         duration.add_argument("--steps", type=whole, help="training steps, instead of --epochs")
         add("--lr", type=real, default=lr, help="learning rate")
         add("--clip", type=real, default=1.0, help="largest norm of the gradient")
-        add("--seed", type=int, default=0)
+        add("--seed", type=seed, default=0)
         add("--device", default="cpu")
         add("--checkpoint", type=Path, help="default: runs/EXAMPLE/CELL.pt")
         add("--plot", type=Path, help="default: runs/EXAMPLE/CELL.png")
@@ -89,6 +101,8 @@ class Parser(argparse.ArgumentParser):
         outputs = f"runs/{example}/{args.cell}{variant(args)}{'-quick' * args.quick}"
         args.checkpoint = args.checkpoint or Path(outputs + ".pt")
         args.plot = args.plot or Path(outputs + ".png")
+        if args.plot == args.checkpoint:
+            self.error("--plot and --checkpoint are the same file")
         return args
 
     def error(self, message):
@@ -96,17 +110,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(kind, or_zero=False):
-    """Return what argparse calls for a number of this kind (int or float) above zero."""
+    """Return what argparse calls for a finite number of this kind (int or float) above zero."""
 
     def parse(text):
         value = kind(text)
-        if not (value > 0 or (or_zero and value == 0)):
+        if not (0 < value < math.inf or (or_zero and value == 0)):
             raise ValueError
         return value
 
     sign = "non-negative" if or_zero else "positive"
     parse.__name__ = f"{sign} {kind.__name__}"  # argparse writes "invalid positive int value"
     return parse
+
+
+def seed(text):
+    value = int(text)
+    if not 0 <= value < 2**32:  # torch takes more, gymnasium does not
+        raise ValueError
+    return value
 
 
 def read_text(path):
@@ -223,6 +244,8 @@ class Checkpoint:
             if zipfile.ZipFile(self.path).testzip():  # torch.load itself checks no checksum
                 raise damaged
             contents = torch.load(self.path, map_location=device, weights_only=True)
+        except PermissionError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror}") from None
         except Exception:  # zipfile, pickle and torch between them raise nearly anything
             raise damaged from None
         if not isinstance(contents, dict) or contents.get("kind") != self.kind:

@@ -153,6 +153,8 @@ def main(arguments):
     common.require("gymnasium")
     if args.layers > 1 or args.epochs:
         raise InputError("there is one layer, and no epochs but --steps; leave those options out")
+    if args.window < 16:
+        raise InputError("--window takes 16 steps or more: advantages are compared within it")
     args.steps = args.steps or (LONG_STEPS if args.long else STEPS)
     device, per_step = common.usable_device(args.device), args.batch * args.window
 

@@ -127,6 +127,7 @@ def main(arguments):
     add("--window", type=whole, default=3, help="steps of truncated backpropagation")
     add("--lr", type=positive(float), default=5e-3, help="learning rate")
     args = parser.parse(arguments, "copy_task", QUICK)
+    common.prepare_output(args.plot)
     learners = {
         "full BPTT": Windows(args),
         "RTRL, chunked": ForwardInTime(args, "chunked"),

@@ -56,7 +56,8 @@ class Sequential:
 
     def __init__(self, streams, window, whole=False):
         self.streams, self.window = streams, window
-        self.count = -(-(len(streams) - 1) // window) if whole else (len(streams) - 1) // window
+        steps = max(0, len(streams) - 1)
+        self.count = -(-steps // window) if whole else steps // window
 
     def __len__(self):  # in one pass over the text
         return self.count

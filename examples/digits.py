@@ -32,9 +32,12 @@ VARIANTS = list(itertools.product(("lstm", "irnn"), ORDERS, POOLINGS))
 
 def images(device):
     """(train images [N, 8, 8] in 0..1, their digits, test images, their digits)."""
-    path = common.package_folder("sklearn") / "datasets/data/digits.csv.gz"
-    with gzip.open(path, "rt") as file:  # importing all of scikit-learn would take seconds
-        table = torch.tensor([[float(cell) for cell in line.split(",")] for line in file])
+
+    def read(path):
+        with gzip.open(path, "rt") as file:  # importing all of scikit-learn would take seconds
+            return [[float(cell) for cell in line.split(",")] for line in file]
+
+    table = torch.tensor(common.package_data("sklearn", "datasets/data/digits.csv.gz", read))
     table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
     pixels, digits = table[:, :-1].view(-1, 8, 8) / 16, table[:, -1].long()
     cut = len(table) * 3 // 4

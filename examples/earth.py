@@ -10,9 +10,12 @@ EVERY = 5  # a held-out forecast begins every fifth day
 
 def read_series():
     """(days [N] in milliseconds over 86,400 s, how many of them come before the held-out years)."""
-    path = common.package_folder("astropy_iers_data") / "data" / "eopc04.1962-now"
-    rows = [line.split() for line in path.read_text().splitlines() if not line.startswith("#")]
-    rows = [(int(row[0]), 1e3 * float(row[12])) for row in rows if int(row[0]) in YEARS]
+
+    def read(path):
+        rows = [line.split() for line in path.read_text().splitlines() if line[:1] != "#"]
+        return [(int(row[0]), 1e3 * float(row[12])) for row in rows if int(row[0]) in YEARS]
+
+    rows = common.package_data("astropy_iers_data", "data/eopc04.1962-now", read)
     years, values = zip(*rows, strict=True)
     return torch.tensor(values), sum(year < HELD_OUT[0] for year in years)
 

@@ -124,6 +124,7 @@ def main(arguments):
     windows = [1, 10, 100, 400]
     parser.add_argument("--windows", type=positive(int), nargs="+", default=windows, metavar="K")
     args = parser.parse(arguments, "influence_balancing", QUICK)
+    common.prepare_output(args.plot)
     torch.manual_seed(args.seed)  # nothing is random here
     histories = {f"RTRL, {mode}": forward_in_time(mode, args) for mode in ("exact", "snap1")}
     for window in args.windows:

@@ -75,6 +75,8 @@ def main(arguments):
         return corpora.Sequential(streams, args.window, whole)
 
     train, held_out = windows(books[:cut]), windows(books[cut:], whole=True)
+    if len(train) == 0 or len(held_out) == 0:
+        raise InputError("the books are too short for that; lower --batch and --window")
     args.steps = training.number_of_steps(args, len(train), default_epochs=5)
 
     def build(library):

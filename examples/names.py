@@ -20,7 +20,12 @@ def read_names(path):
     if path is None:
         common.require(faker="Faker")
         for language, locale in LANGUAGES.items():
-            provider = importlib.import_module(f"faker.providers.person.{locale}").Provider
+            try:
+                provider = importlib.import_module(f"faker.providers.person.{locale}").Provider
+            except ImportError:
+                raise InputError(
+                    f"this Faker has no {language} names; pip install --upgrade Faker"
+                ) from None
             found[language] = set(provider.last_names)
     else:
         for number, line in enumerate(common.read_text(path)[0].splitlines(), 1):

@@ -20,7 +20,7 @@ import common
 import plots
 import streaming
 import torch
-from common import positive
+from common import InputError, positive
 from torch import nn
 
 import rnn_ext
@@ -87,7 +87,7 @@ def make_stream(args):
 
 def draw(args, learners, delays):
     width = max(1, args.steps // 60)
-    title = f"Online learning: the bit of some steps ago ({args.cell}, {args.hidden} units)"
+    title = f"Online learning: the bit of some steps ago ({args.cell.upper()}, {args.hidden} units)"
     with plots.figure(args.plot, title, "a", size=(11, 4.6)) as axes:
         axes = axes["a"]
         changes = [0, *(delays.diff().nonzero().flatten() + 1).tolist(), args.steps]
@@ -100,7 +100,7 @@ def draw(args, learners, delays):
             axes.plot(positions, means, color=color, lw=2.4 if "exact" in name else 1.4, label=name)
         axes.axhline(0.5, color=plots.MUTED, linestyle="--", linewidth=1)
         axes.set(xlabel="step of the stream", ylabel=f"bits right (mean of {width} steps)")
-        axes.set(xlim=(0, args.steps), ylim=(0.42, 1.08))
+        axes.set(xlim=(0, args.steps), ylim=(0.36, 1.08))
         axes.legend(loc="lower right", ncols=2)
 
 
@@ -114,9 +114,12 @@ def main(arguments):
     add("--windows", type=whole, nargs=2, default=[4, 16], help="of truncated backpropagation")
     add("--lr", type=positive(float), default=3e-3, help="learning rate")
     args = parser.parse(arguments, "online_rtrl", QUICK)
+    if len(set(args.windows)) < 2:
+        raise InputError("--windows takes two lengths that differ")
+    common.prepare_output(args.plot)
     x, y, delays = make_stream(args)
     learners = {f"RTRL, {mode}": ForwardInTime(args, mode) for mode in ("exact", "snap1")}
-    learners |= {f"truncated, {k} steps": Truncated(args, k) for k in sorted(set(args.windows))}
+    learners |= {f"truncated, {k} steps": Truncated(args, k) for k in sorted(args.windows)}
     for name, learner in learners.items():
         learner.run(x, y, name)
 

