@@ -98,7 +98,7 @@ def run(args, device):
     codes = [vocabulary.index(character) for character in prefix]
     [drawn] = language.sample(ours, codes, args.length, args.temperature)
     print(prefix + "".join(vocabulary[code] for code in drawn))
-    title = f"Character language model: {args.cell}, {args.layers} x {args.hidden} units"
+    title = f"Character language model: {args.cell.upper()}, {args.layers} x {args.hidden} units"
     label = "cross-entropy (bits per character)"
     plots.training_figure(args.plot, title, learners, label, 1 / math.log(2))
     training.summary(learners, args)

@@ -177,7 +177,7 @@ def main(arguments):
 
 
 def draw(args, learners, per_step):
-    title = f"CartPole without velocities: {args.cell}, {args.hidden} units, PPO"
+    title = f"CartPole without velocities: {args.cell.upper()}, {args.hidden} units, PPO"
     with plots.figure(args.plot, title, "ab;ac", width_ratios=[1.4, 1]) as axes:
         for name, run in learners.items():
             returns = [LONGEST * (1 - loss) for loss in run.losses]
@@ -186,10 +186,11 @@ def draw(args, learners, per_step):
             axes["a"].plot(steps, returns, **look)
             if len(run.seconds) == len(returns):  # false after --resume
                 axes["b"].plot(list(accumulate(run.seconds)), returns, **look)
-        axes["a"].axhline(150, color=plots.MUTED, linestyle="--", linewidth=1, label="150")
+        axes["a"].axhline(150, color=plots.MUTED, linestyle="--", linewidth=1, label="goal: 150")
         axes["a"].set(title="Return, mean of the last 100 episodes", ylabel="steps in balance")
         axes["a"].set_xlabel("steps of a cart, in thousands")
-        axes["b"].set(title="The same over time", xlabel="seconds of training", ylabel="return")
+        axes["b"].set(title="The same over time", xlabel="seconds of training")
+        axes["b"].set_ylabel("steps in balance")
         axes["a"].legend()
         plots.step_times(axes["c"], learners)
 

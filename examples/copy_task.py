@@ -113,8 +113,8 @@ def draw(args, learners):
     with plots.figure(args.plot, f"Copy task: GRU, {args.hidden} units", "a", (9, 5)) as axes:
         for (name, learner), color in zip(learners.items(), streaming.COLORS):
             seen, lengths = zip(*learner.history, (args.steps, learner.length))
-            look = {"color": color, "where": "post", "lw": 2, "label": name}
-            axes["a"].step([value / 1000 for value in seen], lengths, **look)
+            look = {"color": color, "where": "post", "lw": 5 if "BPTT" in name else 2}
+            axes["a"].step([value / 1000 for value in seen], lengths, **look, label=name)
         axes["a"].set(xlabel="steps seen (thousands)", ylabel="bits to copy")
         axes["a"].legend()
 

@@ -135,7 +135,8 @@ def main(arguments):
 
 def draw(args, pair, variants, data):
     title = "Handwritten digits, read by recurrent networks"
-    with plots.figure(args.plot, title, "cb;cm" if variants else "ct;cm", (13, 6)) as axes:
+    mosaic, ratios = ("cb;cm", [1.2, 1]) if variants else ("ct;cm", None)
+    with plots.figure(args.plot, title, mosaic, (13, 6), height_ratios=ratios) as axes:
         if variants:
             draw_curves(axes["c"], variants)
             draw_bars(axes["b"], variants)
@@ -172,17 +173,17 @@ def draw_bars(axes, variants):
 
 
 @torch.no_grad()
-def draw_mistakes(axes, learner, data, most=12):
-    """Test images that the main model misreads, side by side."""
+def draw_mistakes(axes, learner, data, columns=7, rows=2):
+    """Test images that the main model misreads."""
     guesses, pixels, digits = learner.read(), data[1], data[3]
     wrong = (guesses != digits).nonzero().flatten().tolist()
-    shown = wrong[:most]
-    for place, index in enumerate(shown):
-        box = (place * 10, place * 10 + 8, 0, 8)
+    for place, index in enumerate(wrong[: columns * rows]):
+        left, low = 12 * (place % columns), -12 * (place // columns)
+        box = (left, left + 8, low, low + 8)
         axes.imshow(pixels[index].tolist(), cmap="gray_r", extent=box, vmin=0, vmax=1)
         text = f"{digits[index]} as {guesses[index]}"
-        axes.text(place * 10 + 4, -1.2, text, ha="center", va="top", fontsize="small")
-    axes.set(xlim=(-1, 10 * max(1, len(shown)) - 1), ylim=(-4, 9), aspect="equal")
+        axes.text(left + 4, low - 0.5, text, ha="center", va="top", fontsize="small")
+    axes.set(xlim=(-2, 12 * columns - 2), ylim=(6 - 12 * rows, 9), aspect="equal")
     axes.set_title(f"Misread: {len(wrong)} of {len(digits)} test images")
     axes.axis("off")
 

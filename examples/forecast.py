@@ -131,7 +131,7 @@ def main(arguments):
 
 
 def draw(args, learners, measured, errors, forecasts):
-    title = f"The length of the day: {args.cell}, {args.layers} x {args.hidden} units"
+    title = f"The length of the day: {args.cell.upper()}, {args.layers} x {args.hidden} units"
     colors = dict(zip(forecasts, [plots.MUTED, *plots.CYCLE[3:5]])) | plots.COLORS
     apart = -(-args.horizon // EVERY)  # forecasts from one that is drawn to the next
     with plots.figure(args.plot, title, "aa;bc", (11, 6.4), [1.25, 1]) as axes:

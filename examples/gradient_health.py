@@ -153,6 +153,7 @@ def draw(args, before, after, exploding, depth, learners):
             axes["f"].bar(places, times, 0.4, color=plots.COLORS[name], label=label)
         axes["f"].set_xticks([n + 0.2 for n in range(len(after))], list(after))
         axes["f"].set(title="Time to look at 64 steps of 64 images", ylabel="milliseconds")
+        axes["f"].set_ylim(0, 1.25 * axes["f"].get_ylim()[1])  # room for the legend
         for place in "abcdf":
             axes[place].legend(fontsize="small")
 

@@ -182,7 +182,7 @@ def run(args, device):
 
 def draw(args, corpus, learners):
     about = "the embedded Reber grammar" if args.reber else f"{corpus.unit}s"
-    title = f"Language model of {about}: {args.cell}, {args.layers} x {args.hidden} units"
+    title = f"Language model of {about}: {args.cell.upper()}, {args.layers} x {args.hidden} units"
     exact = {"exact (grammar)": corpus.floor} if args.reber else {}
     with plots.figure(args.plot, title, "ls;lt", width_ratios=[1.6, 1]) as axes:
         label = f"cross-entropy (bits per {corpus.unit})"

@@ -135,7 +135,7 @@ def save(written, args):
 
 
 def draw(args, learners, written):
-    title = f"Irish tunes: {args.cell}, {args.layers} x {args.hidden} units"
+    title = f"Irish tunes: {args.cell.upper()}, {args.layers} x {args.hidden} units"
     ratios = [1, 1] if written else [1, 0.01]
     with plots.figure(args.plot, title, "lt;rr", (12, 7), [1.6, 1], ratios) as axes:
         label = "cross-entropy (bits per symbol)"
@@ -159,7 +159,9 @@ def draw_tune(axes, tune, score):
     heights = sorted({height for _, _, height in score.notes})
     labels = [f"{names[height % 12]}{height // 12 - 1}" for height in heights]
     axes.set_yticks(heights, labels, fontsize="x-small")
-    axes.set(xlabel="bars", ylabel="pitch", title=f"A sampled tune: {', '.join(tune[:3])}")
+    full = [float(start / bar) for start, long, _ in score.bars if long == bar]
+    axes.set_xticks(full, range(1, len(full) + 1))
+    axes.set(xlabel="full bars", ylabel="pitch", title=f"A sampled tune: {', '.join(tune[:3])}")
     axes.set_xlim(0, max(float((start + long) / bar) for start, long, _ in score.notes))
     axes.grid(False, axis="x")
 

@@ -165,7 +165,7 @@ def sample_names(model, found, vocabulary, args, number=6):
 
 
 def draw(args, learners, categories, share):
-    title = f"One to many: {args.cell}, {args.layers} x {args.hidden} units"
+    title = f"One to many: {args.cell.upper()}, {args.layers} x {args.hidden} units"
     with plots.figure(args.plot, title, "ab;ac", (11, 5.4), [1.25, 1]) as axes:
         image = axes["a"].imshow((100 * share).tolist(), cmap="viridis", vmin=0, vmax=100)
         axes["a"].set(xlabel="what the model takes them for", ylabel="held-out names")

@@ -153,7 +153,7 @@ def draw_program(axes, model, text, device):
         if character == "\n":
             row, column = row + 1, 0
             continue
-        look = {"family": "monospace", "fontsize": 9, "ha": "center", "va": "baseline"}
+        look = {"family": "monospace", "fontsize": 11, "ha": "center", "va": "baseline"}
         axes.text(column, -row, character, color=COLORS[tag], **look)
         if tag != right:
             axes.plot([column - 0.5, column + 0.5], [-row - 0.25] * 2, color="red", linewidth=2)

@@ -161,7 +161,7 @@ def main(arguments):
 
 
 def draw(args, learners, said, words, right):
-    title = f"Spelling to pronunciation: {args.cell}, {args.layers} x {args.hidden} units"
+    title = f"Spelling to pronunciation: {args.cell.upper()}, {args.layers} x {args.hidden} units"
     with plots.figure(args.plot, title, "ab;ac", width_ratios=[1.4, 1]) as axes:
         plots.scores(axes["a"], learners, "phonemes wrong, per 100")
         axes["a"].set_ylim(0, None)
