@@ -141,8 +141,9 @@ def draw(args, before, after, exploding, depth, learners):
             axes["c"].semilogy(range(1, 65), norms, label=name, color=plots.CYCLE[4 - 4 * number])
         axes["c"].set(title=f"Exploding: IRNN with {args.gain:g} times the identity")
         axes["c"].set(xlabel="step t (pixel)", ylabel="||dL/dh_t||")
-        for name, norms in depth.items():
-            axes["d"].semilogy(range(1, args.depth + 1), norms, marker="o", label=name)
+        for (name, norms), color in zip(depth.items(), plots.CYCLE[2:]):
+            look = {"marker": "o", "color": color, "label": name}
+            axes["d"].semilogy(range(1, args.depth + 1), norms, **look)
         axes["d"].set(title=f"Through {args.depth} layers (tanh RNN)", xlabel="layer")
         axes["d"].set(ylabel="||dL/dh|| over all steps")
         plots.losses(axes["e"], learners, "nats, mean of the four")

@@ -166,13 +166,14 @@ def draw(args, learners, said, words, right):
         plots.scores(axes["a"], learners, "phonemes wrong, per 100")
         axes["a"].set_ylim(0, None)
         lengths = sorted({min(max(len(word), 4), 12) for word in words})
-        for name, rows in said.items():
+        for (name, rows), color in zip(said.items(), plots.CYCLE[2:]):
             rates = []
             for length in lengths:
                 chosen = [i for i, w in enumerate(words) if min(max(len(w), 4), 12) == length]
                 rates.append(error_rates([rows[i] for i in chosen], [right[i] for i in chosen])[1])
-            axes["b"].plot(lengths, rates, marker="o", label=name)
-        axes["b"].set(title="Words with an error, by length", ylabel="%", ylim=(0, 105))
+            axes["b"].plot(lengths, rates, marker="o", color=color, label=name)
+        title = "Words with an error, by length (rnn_ext)"
+        axes["b"].set(title=title, ylabel="% of the words", ylim=(0, 105))
         axes["b"].set_xlabel("letters (4: up to 4, 12: 12 or more)")
         axes["b"].legend()
         plots.step_times(axes["c"], learners)
