@@ -34,7 +34,7 @@ from torch import Tensor
 
 from . import composite, ops
 from .backend import current, uncovered, warn_once
-from .stack import no_restoring, stack, with_restored
+from .stack import stack, with_restored
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -202,7 +202,7 @@ def _one_layer(
         h0, c0 = with_restored(h0, c0, restored, batch_sizes is not None)
 
     run = ops.layer
-    reason = uncovered(x, (h0, c0), [weights]) or no_restoring(x, restored)
+    reason = uncovered(x, (h0, c0), [weights])
     if reason is not None:
         run = composite.layer
         backend = current()

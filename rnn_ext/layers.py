@@ -12,7 +12,7 @@ from . import _C, composite, inspection, normalized, onnx
 from .backend import is_plain_call, uncovered
 from .extended import ExtendedLayers
 from .lengths import WithLengths
-from .stack import no_restoring, stack, with_restored
+from .stack import stack, with_restored
 
 __all__ = ["RecurrentLayers"]
 
@@ -177,7 +177,7 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
         restored = self._checked_restored(input, batch, resets, initial_state)
         weights = self._weights()
         reason = self._unserved or uncovered(x, (*states, *(restored or ())), weights)
-        reason, run = reason or no_restoring(x, restored), None
+        run = None
         if self._whole_rows:
             reason, run = reason or normalized.uncovered(x, control), normalized.layer
         elif control is not None:

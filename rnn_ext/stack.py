@@ -9,7 +9,7 @@ from torch import Tensor
 from . import ops
 from .hooks import Hooks
 
-__all__ = ["no_restoring", "stack", "with_restored"]
+__all__ = ["stack", "with_restored"]
 
 
 def with_restored(
@@ -24,11 +24,6 @@ def with_restored(
         restored = [torch.zeros_like(state) for state in states]
     joined = [torch.cat((s, r.expand(s.shape))) for s, r in zip(states, restored)]
     return joined[0], None if c0 is None else joined[1]
-
-
-def no_restoring(x: Tensor, restored: Sequence[Tensor] | None) -> str | None:
-    """Why no kernel restores a state that was given (a phrase), or None."""
-    return "an initial_state for resets has no CUDA kernel" if restored and x.is_cuda else None
 
 
 def stack(

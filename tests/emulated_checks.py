@@ -150,10 +150,12 @@ def check_packed_resets(emulated, cell, dtype, paths, directions=1):
         compare(gradients, theirs[1], truth[1], GRADIENT)
 
 
-def check_both_directions_with_resets(cell, dtype):
+def check_both_directions_with_resets(cell, dtype, restored):
     """`ops.both_directions` does what `ops.layer` does for each: a reset parts the same steps."""
     cases = [
-        with_resets(away_from_the_kink(make_case(cell, (6, 9, 5, 21), reverse=r)), restored=False)
+        with_resets(
+            away_from_the_kink(make_case(cell, (6, 9, 5, 21), reverse=r)), restored=restored
+        )
         for r in (False, True)
     ]
     expected = [run_ours(case.to(dtype))[0] for case in cases]

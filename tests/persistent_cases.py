@@ -48,6 +48,7 @@ class Case:
     reverse: bool = False  # of the first direction; the second runs the other way
     layout: str = "padded"  # or "lengths", "packed"
     resets: bool = False
+    restored: bool = False  # resets put another state than zeros in the place of the carried one
     bias: bool = True
     cluster: bool = False
     units: int = 16
@@ -110,11 +111,12 @@ def _direction(pointers):
 
 
 ForwardDirection = _direction(
-    "weights b_ih b_hh gates gates_stride h h_stride middle cells h0 c0 h_n c_n reverse"
+    "weights b_ih b_hh gates gates_stride h h_stride middle cells h0 c0 restored_h restored_c "
+    "restored_product h_n c_n reverse"
 )
 BackwardDirection = _direction(
-    "weights gates middle h gates_stride h_stride cells h0 c0 d_h d_h_stride d_cells carry dc "
-    "delta delta_stride previous reverse"
+    "weights gates middle h gates_stride h_stride cells h0 c0 restored_h restored_c sum_delta "
+    "sum_h sum_c d_h d_h_stride d_cells carry dc delta delta_stride previous reverse"
 )
 
 
@@ -156,6 +158,7 @@ class Problem:
         self.d_h, self.d_cells = draw(t, b, h), draw(t, b, h) * case.optional
         self.d_h_n = random.normal(size=(b, h)).astype(np.float32).astype(float)
         self.d_c_n = random.normal(size=(b, h)).astype(np.float32).astype(float)
+        self.restored = draw(b, h) * case.restored, draw(b, h) * case.restored
 
     def expected(self, resets):
         """(forward, backward): name -> [T, B, ...] or [B, ...], float64; resets is bool [T, B]."""
@@ -172,8 +175,9 @@ class Problem:
         order = order[::-1] if self.reverse else order
         for t in order:
             rows = np.flatnonzero(case.alive[t])
-            for s in state:
-                s[rows[resets[t, rows]]] = 0
+            cut = rows[resets[t, rows]]
+            for s, restored in zip(state, self.restored):
+                s[cut] = restored[cut]
             backward["previous"][t, rows] = state[0][rows]
             records[t] = cell.step(self.wx[t, rows], *(s[rows] for s in state), weights)
             for s, new, name in zip(state, records[t].state, ("h", "cells"), strict=False):
@@ -184,6 +188,7 @@ class Problem:
         blocks = 4 if case.cell == "gru" else case.gates
         delta = np.zeros((case.steps, case.batch, blocks * case.hidden))
         d_state = [self.d_h_n.copy(), self.d_c_n.copy()][: 1 + lstm]
+        d_restored = [np.zeros_like(d) for d in d_state]
         for t in order[::-1]:
             rows = np.flatnonzero(case.alive[t])
             reaching = [
@@ -195,9 +200,12 @@ class Problem:
             if case.cell == "gru":
                 parts = np.concatenate([records[t].r * step.x[:, 2 * case.hidden :], step.x], -1)
             delta[t, rows] = parts
-            for d, before in zip(d_state, step.state, strict=True):
-                d[rows] = np.where(resets[t, rows][:, None], 0, before)
+            cut = resets[t, rows][:, None]
+            for d, kept, before in zip(d_state, d_restored, step.state, strict=True):
+                d[rows] = np.where(cut, 0, before)
+                kept[rows] += np.where(cut, before, 0)
         backward |= {"delta": delta, "carry": d_state[0], "dc": d_state[-1]}
+        backward |= {"d_restored_h": d_restored[0], "d_restored_c": d_restored[-1]}
         return forward, backward
 
 
@@ -252,6 +260,15 @@ class Run:
             if case.cell == "gru":
                 own["middle"] = self.kernels.empty((rows, case.hidden), self.number.value, "middle")
                 d.middle = pointer(own["middle"])
+            if case.restored:
+                h, c = problem.restored
+                own["restored_h"] = self._array(self._stored(h), "restored_h")
+                own["restored_c"] = self._array(c, "restored_c")
+                own["restored_product"] = self._array(h @ problem.weights.T, "product")
+                d.restored_h, d.restored_product = map(
+                    pointer, (own["restored_h"], own["restored_product"])
+                )
+                d.restored_c = pointer(own["restored_c"])
             d.reverse = problem.reverse
         self._launch("forward", args)
         self._compare(0, ["h", "h_n", *(["cells", "c_n"] if case.cell == "lstm" else [])])
@@ -286,9 +303,21 @@ class Run:
                     (rows, case.hidden), self.number.value, "previous"
                 )
                 d.d_cells, d.previous = pointer(own["d_cells"]), pointer(own["previous"])
+            d.restored_h = pointer(own.get("restored_h"))
+            d.restored_c = pointer(own.get("restored_c"))
+            if case.restored:
+                sizes = {"sum_delta": case.gates * case.hidden, "sum_h": case.hidden}
+                for name, size in (sizes | {"sum_c": case.hidden}).items():
+                    own[name] = self._array(np.zeros((case.batch, size)), name)
+                    setattr(d, name, pointer(own[name]))
             d.reverse = problem.reverse
         self._launch("backward", args)
         names = ["delta", "carry", *(["dc"] if case.cell == "lstm" else [])]
+        if case.restored:
+            for own, problem in zip(self.buffers, self.problems):
+                own["d_restored_h"] = own["sum_h"] + np.float32(own["sum_delta"] @ problem.weights)
+                own["d_restored_c"] = own["sum_c"]
+            names += ["d_restored_h", *(["d_restored_c"] if case.cell == "lstm" else [])]
         self._compare(1, [*names, *(["previous"] if case.optional else [])])
 
     def _sequences(self):

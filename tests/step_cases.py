@@ -29,14 +29,14 @@ def structure(text):
 Rows = None
 Rows = structure("step:long count:long lengths resets")
 Forward = structure(
-    "rows:rows hidden:long b_ih b_hh product second_product gates middle h h_state h_wide c_state "
-    "cells save:bool"
+    "rows:rows hidden:long b_ih b_hh product restored_h restored_c restored_product second_product "
+    "gates middle h h_state h_wide c_state cells save:bool"
 )
 Project = structure("rows:rows output:long product h h_state")
 Backward = structure(
     "rows:rows next:rows previous_step:long previous_count:long hidden:long output:long product "
-    "second_product gates middle h cells h_before cells_before h0 c0 d_h d_cells carry dc delta dh "
-    "previous"
+    "second_product gates middle h cells h_before cells_before h0 c0 restored_h restored_c "
+    "sum_delta sum_h sum_c d_h d_cells carry dc delta dh previous"
 )
 Sums = structure("rows:long columns:long row_stride:long matrix scratch sums")
 
@@ -48,6 +48,7 @@ class Case:
     layout: str = "padded"  # or "lengths", "packed"
     reverse: bool = False
     resets: bool = True
+    restored: bool = False  # resets put another state than zeros in the place of the carried one
     steps: int = 4
     batch: int = 6
     hidden: int = 37
@@ -92,6 +93,7 @@ class Run:
         self.d_h, self.d_cells, self.d_h_n = draw(t, b, p), draw(t, b, h), draw(b, p)
         self.d_c_n = draw(b, h)
         self.resets = (random.random((t, b)) < 0.3) & case.resets
+        self.restored = draw(b, p) * case.restored, draw(b, h) * case.restored
         self.alive = np.arange(t)[:, None] < case.lengths
         self.counts = self.alive.sum(1) if case.layout == "packed" else np.full(t, b)
         self.offsets = np.cumsum(self.counts) - self.counts
@@ -124,8 +126,9 @@ class Run:
         records = {}
         for t in case.order:
             rows = np.flatnonzero(self.alive[t])
-            for s in state:
-                s[rows[self.resets[t, rows]]] = 0
+            cut = rows[self.resets[t, rows]]
+            for s, restored in zip(state, self.restored):
+                s[cut] = restored[cut]
             out["previous"][t, rows] = state[0][rows]
             records[t] = cell.step(self.wx[t, rows], *(s[rows] for s in state), weights)
             for s, new, name in zip(state, records[t].state, ("h", "cells")):
@@ -136,17 +139,22 @@ class Run:
 
         out["delta"] = np.zeros((*shape, case.gates * case.hidden))
         d_state = [self.d_h_n.copy(), self.d_c_n.copy()][: 1 + lstm]
+        d_restored = [np.zeros_like(d) for d in d_state]
         for t in case.order[::-1]:
             rows = np.flatnonzero(self.alive[t])
             upstream = zip(d_state, (self.d_h, self.d_cells))
             reaching = [d[rows] + at[t, rows] for d, at in upstream]
             step = cell.step_backward(records[t], *reaching, weights)
             out["delta"][t, rows] = step.x
-            for d, before in zip(d_state, step.state):
-                d[rows] = np.where(self.resets[t, rows][:, None], 0, before)
+            cut = self.resets[t, rows][:, None]
+            for d, kept, before in zip(d_state, d_restored, step.state):
+                d[rows] = np.where(cut, 0, before)
+                kept[rows] += np.where(cut, before, 0)
         out["carry"] = d_state[0]
         if lstm:
             out["dc"] = d_state[1]
+        if case.restored:
+            out |= zip(("d_restored_h", "d_restored_c"), d_restored)
         out["sums"] = out["delta"].sum((0, 1))
         return out
 
@@ -171,6 +179,11 @@ class Run:
             own["h_wide"] = self._wide(self.h0, "h_wide")
         if case.cell == "lstm":
             own["cells"] = self.kernels.empty((rows, h), self.wide, "cells")
+        if case.restored:
+            own["restored_h"] = self._stored(self.restored[0], "restored_h")
+            own["restored_c"] = self._wide(self.restored[1], "restored_c")
+            u = self.u[: 2 * h] if before else self.u
+            own["restored_product"] = self._product(own["restored_h"], u.T)
         for t in case.order:
             at, count = self.offsets[t], self.counts[t]
             u = self.u[: 2 * h] if before else self.u
@@ -179,6 +192,8 @@ class Run:
             p.gates, p.h, p.cells, p.middle = self._at(at, "gates", "h", "cells", "middle")
             p.h_state, p.h_wide = self._at(0, "h_state", "h_wide")
             p.c_state = self._at(0, "c_state")[0] if case.cell == "lstm" else None
+            p.restored_h, p.restored_c = self._at(0, "restored_h", "restored_c")
+            p.restored_product = self._at(0, "restored_product")[0]
             p.save = True
             if case.gates == 1 or (case.cell == "lstm" and not case.projected):
                 p.middle = None
@@ -209,6 +224,10 @@ class Run:
             own["dh"] = self._empty(rows, case.output, "dh")
         u = np.concatenate([self.u[2 * h :], self.u[: 2 * h]]) if gru else self.u
         u, columns = (u[: 2 * h], 2 * h) if before else (u, len(u))
+        if case.restored:
+            own["sum_delta"] = self._wide(np.zeros((case.batch, columns)), "sum_delta")
+            own["sum_h"] = self._wide(np.zeros_like(self.d_h_n), "sum_h")
+            own["sum_c"] = self._wide(np.zeros_like(self.d_c_n), "sum_c")
         product, following = None, Rows()
         for i in reversed(range(case.steps)):
             t = case.order[i]
@@ -222,6 +241,8 @@ class Run:
                 p.h_before, p.cells_before = self._at(there, "h", "cells")
             p.gates, p.middle, p.h, p.cells = self._at(at, "gates", "middle", "h", "cells")
             p.h0, p.c0, p.carry, p.dc = self._at(0, "h0", "c0", "carry", "dc")
+            p.restored_h, p.restored_c = self._at(0, "restored_h", "restored_c")
+            p.sum_delta, p.sum_h, p.sum_c = self._at(0, "sum_delta", "sum_h", "sum_c")
             p.d_h, p.d_cells, p.delta = self._at(at, "d_h", "d_cells", "delta")
             p.dh, p.previous = self._at(at, "dh", "previous")
             self._call("run_step_backward", p, phase=0)
@@ -238,6 +259,10 @@ class Run:
         p.carry = self._at(0, "carry")[0]
         self._call("run_step_backward", p, phase=0)
         self.results = dict(own)
+        if case.restored:
+            through_u = own["sum_delta"] @ self.u[:columns]
+            self.results["d_restored_h"] = self._wide(own["sum_h"] + through_u, "d_restored_h")
+            self.results["d_restored_c"] = own["sum_c"]
         self.results["delta"] = own["delta"][:, h if gru else 0 :]
         scratch = self.kernels.empty((4, deltas * h), self.wide, "scratch")
         sums = self._empty(1, deltas * h, "sums")

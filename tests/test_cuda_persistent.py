@@ -30,7 +30,7 @@ SOME = [
 SMALL = [
     Case(),
     Case(cluster=True),
-    Case(layout="lengths", resets=True, reverse=True, bias=False, batch=9),
+    Case(layout="lengths", resets=True, restored=True, reverse=True, bias=False, batch=9),
     Case(
         directions=2,
         layout="packed",
@@ -56,6 +56,7 @@ WIDE = [
         directions=2,
         layout="packed",
         resets=True,
+        restored=True,
         cluster=True,
     ),
     # tiles of several passes, the last one short
@@ -136,7 +137,7 @@ RACES = [
     Case(hidden=36, steps=2),
     Case(hidden=20, steps=2, cluster=True),
     Case(steps=2, batch=9, hidden=20, layout="lengths", resets=True, directions=2),
-    Case(steps=2, batch=18, hidden=20, rows=24, layout="packed", resets=True, cluster=True),
+    Case(steps=2, batch=18, rows=24, layout="packed", resets=True, restored=True, cluster=True),
 ]
 
 

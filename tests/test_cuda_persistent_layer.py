@@ -86,17 +86,25 @@ def test_variants_are_as_exact_as_torch(cell, dtype, variant, paths, nan_filled)
     check(make_case(cell, (6, 9, 5, 21), **VARIANTS[variant]), dtype)
 
 
+@pytest.mark.parametrize("restored", [False, True], ids=["zeros", "restored"])
 @pytest.mark.parametrize("variant", ["padded", "ragged_reverse"])
 @every_cell
 @every_path
-def test_layers_with_resets(cell, variant, paths, nan_filled):
+def test_layers_with_resets(cell, variant, restored, paths, nan_filled):
     case = make_case(cell, (6, 9, 5, 21), **VARIANTS[variant])
-    check(with_resets(case, restored=False), torch.float32)
+    check(with_resets(case, restored=restored), torch.float32)
 
 
+@every_dtype
 @every_cell
-def test_both_directions_with_resets(cell, nan_filled):
-    check_both_directions_with_resets(cell, torch.float32)
+def test_restored_states_are_as_exact_as_torch(cell, dtype, nan_filled):
+    check(with_resets(make_case(cell, (6, 9, 5, 33), ragged=True), restored=True), dtype)
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["zeros", "restored"])
+@every_cell
+def test_both_directions_with_resets(cell, restored, nan_filled):
+    check_both_directions_with_resets(cell, torch.float32, restored)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

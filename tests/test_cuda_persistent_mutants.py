@@ -12,7 +12,15 @@ from persistent_cases import SOURCE, Case, kernel_flags, run
 # Two groups with flags, two tiles each, the last short; one cluster whose tile takes two passes.
 FLAGS = Case("lstm", steps=3, batch=19, hidden=40, groups=2, layout="lengths", resets=True)
 CLUSTER = Case(
-    "gru", steps=3, batch=19, hidden=40, rows=24, cluster=True, layout="packed", resets=True
+    "gru",
+    steps=3,
+    batch=19,
+    hidden=40,
+    rows=24,
+    cluster=True,
+    layout="packed",
+    resets=True,
+    restored=True,
 )
 
 LAYOUT, PRODUCT, EXCHANGE = (
@@ -205,7 +213,28 @@ MUTANTS = [
         "        }\n        __syncthreads();\n\n",
         "        }\n\n",
     ),
-    ("reset passes the carry on", FLAGS, BACKWARD, "if (reset) carry = dc = 0;", ""),
+    (
+        "product of another sequence's restored state",
+        CLUSTER,
+        FORWARD,
+        "(sequence * Cell::kGates + g) * hidden",
+        "((sequence + 1) % 2 * Cell::kGates + g) * hidden",
+    ),
+    ("reset passes the carry on", FLAGS, BACKWARD, "    carry = dc = 0;\n", ""),
+    (
+        "gradient of a restored state kept once",
+        CLUSTER,
+        BACKWARD,
+        "d_h[at] += carry;",
+        "d_h[at] = carry;",
+    ),
+    (
+        "a restored h left out of the gradient of U",
+        CLUSTER,
+        BACKWARD,
+        "h_prev = read_at<T>(d.restored.h, sequence * hidden + unit);",
+        "h_prev = read_at<T>(d.h0, sequence * hidden + unit);",
+    ),
     ("reset passes delta on", FLAGS, BACKWARD, "item.reset ? 0 : item.delta[b]", "item.delta[b]"),
     (
         "the previous row of this step",

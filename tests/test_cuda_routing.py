@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from twins import forget_warnings
 
 import rnn_ext
 from rnn_ext import _C, functional, library
@@ -226,19 +225,22 @@ def test_fake_kernels_know_what_is_saved_on_cuda(cell, dtype):
     assert library._on_cuda(output)
 
 
-@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
-def test_a_state_that_resets_restore_is_composed(built, kind):
-    forget_warnings()
+def test_a_state_that_resets_restore_goes_to_the_kernels(built, kind, monkeypatch):
+    """Below h0 and c0, where the kernels look for it."""
+    seen = []
+
+    def layer(cell, x, h0, c0, *weights, resets, **options):
+        seen.extend((resets, h0, c0) if kind == "LSTM" else (resets, h0))
+        c_n = None if c0 is None else c0[:2].clone()
+        return x.new_empty(*x.shape[:2], h0.size(1)), h0[:2].clone(), c_n, None
+
+    monkeypatch.setattr(functional.ops, "layer", layer)
     module, x = on_cuda(kind)
     initial = torch.ones(1, 2, 7).as_subclass(OnCuda)
-    options = {
-        "resets": torch.ones(3, 2, dtype=torch.bool).as_subclass(OnCuda),
-        "initial_state": (initial, initial) if kind == "LSTM" else initial,
-    }
-    text = f"{kind} with resets: an initial_state for resets has no CUDA kernel; composed"
-    with pytest.warns(rnn_ext.FallbackWarning, match=text):
-        output, _ = module(x, **options)
-    assert torch.equal(output[0], output[2]) and output.any()
-    with rnn_ext.use_backend("cuda-step"), pytest.raises(RuntimeError, match="has no CUDA kernel"):
-        module(x, **options)
+    resets = torch.ones(3, 2, dtype=torch.bool).as_subclass(OnCuda)
+    pair = (initial, initial) if kind == "LSTM" else initial
+    module(x, resets=resets, initial_state=pair)
+    assert torch.equal(seen[0], resets)
+    for state in seen[1:]:
+        assert state.shape == (4, 7) and not state[:2].any() and (state[2:] == 1).all()

@@ -54,23 +54,30 @@ def test_variants_are_as_exact_as_torch(cell, dtype, variant, nan_filled):
     check(make_case(cell, (6, 9, 5, 21), **VARIANTS[variant]), dtype)
 
 
+@pytest.mark.parametrize("restored", [False, True], ids=["zeros", "restored"])
 @pytest.mark.parametrize("variant", ["padded", "reverse", "ragged_reverse"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_resets_are_as_exact_as_torch(cell, dtype, variant, nan_filled):
+def test_resets_are_as_exact_as_torch(cell, dtype, variant, restored, nan_filled):
     case = make_case(cell, (6, 9, 5, 21), **VARIANTS[variant])
-    check(with_resets(case, restored=False), dtype)
+    check(with_resets(case, restored=restored), dtype)
 
 
+@pytest.mark.parametrize("restored", [False, True], ids=["zeros", "restored"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_both_directions_with_resets(cell, nan_filled):
-    check_both_directions_with_resets(cell, torch.float64)
+def test_both_directions_with_resets(cell, restored, nan_filled):
+    check_both_directions_with_resets(cell, torch.float64, restored)
 
 
-def test_a_state_that_resets_restore_is_refused():
-    case = with_resets(make_case("lstm", (4, 2, 3, 5)), restored=True)
-    with pytest.raises(RuntimeError, match="initial_state for resets has no CUDA kernel"):
-        run_ours(case)
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_the_restored_state_alone_gets_its_gradient(wanted, nan_filled):
+    case = with_resets(make_case("lstm", (6, 4, 5, 18)), restored=True)
+    _, everything = run_ours(case)
+    tensors = [t if i != wanted or t is None else t.clone() for i, t in enumerate(case.tensors)]
+    tensors[wanted].requires_grad_()
+    results = ops.layer(case.cell, *tensors, **case.options())
+    (found,) = grad(results, tensors[wanted], case.upstream)
+    assert torch.equal(found, everything[("h0", "c0")[wanted - 1]])
 
 
 @settings(max_examples=60, deadline=None)

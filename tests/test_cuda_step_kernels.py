@@ -28,14 +28,14 @@ variants = pytest.mark.parametrize("cell, projected", VARIANTS, ids=[*CELLS, "ls
 def test_results_in_float64_without_races(cell, projected, layout, reverse):
     kernels = Kernels(SOURCES, race=True)
     kernels.schedule(seed=1)
-    Run(kernels, Case(cell, projected, layout, reverse), Number.FLOAT64).check()
+    Run(kernels, Case(cell, projected, layout, reverse, restored=reverse), Number.FLOAT64).check()
 
 
 @pytest.mark.parametrize("number", STORAGE, ids=lambda number: number.name)
 @variants
 def test_every_number_format(cell, projected, number):
     Run(Kernels(SOURCES), Case(cell, projected, "packed"), number).check()
-    Run(Kernels(SOURCES), Case(cell, projected, "lengths", True), number).check()
+    Run(Kernels(SOURCES), Case(cell, projected, "lengths", True, restored=True), number).check()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 256, 257, 700, 256 * 256 + 1])
@@ -123,15 +123,21 @@ MUTANTS = [
         FORWARD,
         "reset keeps the product",
         "rnn_tanh",
-        "reset ? R(0) : load<R>(product",
-        "load<R>(product",
+        "return reset ? p.restored_product : p.product;",
+        "return p.product;",
     ),
-    (FORWARD, "reset keeps h", "gru", "if (reset) return R(0);", ""),
+    (
+        FORWARD,
+        "reset keeps h",
+        "gru",
+        "if (reset) return p.restored.h",
+        "if (false) return p.restored.h",
+    ),
     (
         FORWARD,
         "reset keeps c",
         "lstm",
-        "at.reset ? R(0) : load<R>(p.c_state, at.state), c, m",
+        "at.previous_c(), c, m",
         "load<R>(p.c_state, at.state), c, m",
     ),
     (
@@ -164,8 +170,42 @@ MUTANTS = [
         "is_reset(p.next, row) ? R(0)",
         "is_reset(p.next, row) && row < 0 ? R(0)",
     ),
-    (BACKWARD, "reset passes the carry on", "gru", "reset ? R(0) : carry", "carry"),
-    (BACKWARD, "reset passes dc on", "lstm", "at.reset ? R(0) : dc_prev", "dc_prev"),
+    (
+        BACKWARD,
+        "reset passes the carry on",
+        "gru",
+        "if (!reset) return gradient;",
+        "return gradient;",
+    ),
+    (
+        BACKWARD,
+        "gradient of a restored state lost",
+        "gru",
+        "add<R>(restored_sum, state, gradient);",
+        "(void)restored_sum;",
+    ),
+    (
+        BACKWARD,
+        "delta of a restored state at the wrong gate",
+        "gru",
+        "at.end_delta(2, 3, delta_hidden_n);",
+        "at.end_delta(2, 3, delta.n);",
+    ),
+    (
+        BACKWARD,
+        "a restored h left out of the gradient of U",
+        "rnn_tanh",
+        "if (reset) return p.restored.h ?",
+        "if (reset) return p.restored.h == p.h0 ?",
+    ),
+    (
+        FORWARD,
+        "a restored c left out",
+        "lstm",
+        "p.restored.c ? load",
+        "p.restored.c == p.b_ih ? load",
+    ),
+    (BACKWARD, "reset passes dc on", "lstm", "at.passed_on(dc_prev, p.restored_sums.c)", "dc_prev"),
     (
         BACKWARD,
         "carry not added",
@@ -228,6 +268,7 @@ def built_ahead(request):
 def test_a_planted_bug_is_caught(file, name, cell, old, new):
     def run(kernels):
         for layout, reverse in (("packed", False), ("lengths", True)):
-            Run(kernels, Case(cell, False, layout, reverse), Number.FLOAT64).check()
+            case = Case(cell, False, layout, reverse, restored=reverse)
+            Run(kernels, case, Number.FLOAT64).check()
 
     catch(mutant_of(file, name, cell, old, new), SOURCES, run)

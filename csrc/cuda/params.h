@@ -20,7 +20,20 @@ enum class Storage { kFloat, kDouble, kHalf, kBfloat16 };
 struct Rows {
   int64_t step, count;
   const int64_t* lengths;  // [B], or null: all take part
-  const bool* resets;      // [rows], or null: true zeroes the state that comes into the row's step
+  const bool* resets;  // [rows], or null: true replaces the state that comes into the row's step
+};
+
+// What a reset puts in the place of the state; null: zeros.
+struct Restored {
+  const void* h;  // S [B, P]
+  const void* c;  // R [B, H], LSTM
+};
+
+// What backward adds up over the steps that began from it, or null: nobody asks.
+struct RestoredSums {
+  void* delta;  // R [B, G*H], reset-before GRU [B, 2*H]: dL/d(U h') in the order of U
+  void* h;      // R [B, H], GRU: dL/dh' beside the product's part
+  void* c;      // R [B, H], LSTM: dL/dc'
 };
 
 // The gates of one step. Reset-before GRU has two phases, the others one:
@@ -32,7 +45,9 @@ struct StepForward {
   const void *b_ih, *b_hh;  // S [G*H], or both null
   // R [count, G*H] = h' U^T, of reset-before GRU [count, 2*H]. Not read in rows that are reset.
   const void* product;
-  const void* second_product;  // R [count, H], reset-before GRU
+  Restored restored;
+  const void* restored_product;  // R [B, as product] = restored.h U^T, or null: zeros
+  const void* second_product;    // R [count, H], reset-before GRU
   // S [count, G*H]: W x on entry; when saving, the net inputs afterwards (GRU: of n the input's
   // part). Net inputs, not activations: a gate near 1 would lose in 16 bits what it lets through.
   // Elman: the same memory as h.
@@ -73,7 +88,9 @@ struct StepBackward {
   const void* second_product;  // R [count, H]
   // As forward left them; _before: of the previous step, [previous_count, ...].
   const void *gates, *middle, *h, *cells, *h_before, *cells_before;
-  const void *h0, *c0;        // S [B, P], R [B, H]
+  const void *h0, *c0;  // S [B, P], R [B, H]
+  Restored restored;
+  RestoredSums restored_sums;
   const void *d_h, *d_cells;  // S [count, P], S [count, H]: gradients of the results; or null
   // R [B, P]: dL/dh_n until a row's last step is done. GRU: dL/dh' beside the product's part.
   void* carry;
@@ -82,7 +99,7 @@ struct StepBackward {
   // side, then r, z, n of the input's side, so that either side is adjacent columns.
   void* delta;
   void* dh;        // S [count, P]: dL/dh, projected LSTM, otherwise null
-  void* previous;  // S [count, P]: h', zero where reset; or null
+  void* previous;  // S [count, P]: h', where reset the restored one; or null
 };
 
 // sums[c] = the sum over rows of matrix[., c], in a fixed order whatever the device.

@@ -34,11 +34,15 @@ struct BackwardItem {
     const int before = has_before ? rows.begin(rows.before(t)) + sequence : sequence;
     if (Cell::kReadsPrevious || d.previous) {
       const int64_t at = before * (has_before ? d.h_stride : hidden) + unit;
-      if (!reset) h_prev = read_at<T>(has_before ? d.h : d.h0, at);
+      if (!reset)
+        h_prev = read_at<T>(has_before ? d.h : d.h0, at);
+      else if (d.restored.h)
+        h_prev = read_at<T>(d.restored.h, sequence * hidden + unit);
     }
     if constexpr (Cell::kHasCells) {
       c = d.cells[row * hidden + unit];
       c_prev = reset ? 0 : (has_before ? d.cells : d.c0)[before * hidden + unit];
+      if (reset && d.restored.c) c_prev = read_at<float>(d.restored.c, sequence * hidden + unit);
       if (d.d_cells) d_cells = read_at<T>(d.d_cells, row * hidden + unit);
     }
   }
@@ -60,7 +64,21 @@ struct BackwardItem {
       dc += to_float(d_cells);
     }
     Cell::backward(kept, carry + to_float(d_h), carry, dc, delta);
-    if (reset) carry = dc = 0;
+  }
+
+  // What a reset keeps from the step before, as part of the gradients of the restored state.
+  RNN_EXT_DEVICE void end(const RestoredSums& sums, int64_t hidden, int64_t sequence, int unit,
+                          float& carry, float& dc) const {
+    const int64_t at = sequence * hidden + unit;
+    if (float* d_h = static_cast<float*>(sums.h)) d_h[at] += carry;
+    if (float* d_c = static_cast<float*>(sums.c)) d_c[at] += dc;
+    if (float* deltas = static_cast<float*>(sums.delta)) {
+      RNN_EXT_UNROLL
+      for (int b = 0; b < Cell::kGates; b++) {
+        deltas[(sequence * Cell::kGates + Cell::recurrent_gate(b)) * hidden + unit] += delta[b];
+      }
+    }
+    carry = dc = 0;
   }
 
   RNN_EXT_DEVICE void store(const BackwardDirection& d, int64_t hidden, int unit) const {
@@ -132,6 +150,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
           float carry = carry_state[at], dc = Cell::kHasCells ? dc_state[at] : 0;
           if (has_product) carry += sums.read(own.in_block, own.row_in_pass);
           if (item.alive) item.compute(carry, dc);
+          if (item.reset) item.end(d.restored_sums, hidden, first + row, own.in_layer, carry, dc);
           carry_state[at] = carry;
           if constexpr (Cell::kHasCells) dc_state[at] = dc;
           if (step >= 0) {

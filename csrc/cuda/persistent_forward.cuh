@@ -41,6 +41,18 @@ struct ForwardItem {
     }
   }
 
+  // What a reset puts in the place of the carried state of a sequence, and of its product with U.
+  RNN_EXT_DEVICE void restore(const ForwardDirection& d, int64_t hidden, int64_t sequence, int unit,
+                              float (&product)[Cell::kGates]) {
+    const int64_t at = sequence * hidden + unit;
+    state.h = to_float(read_at<T>(d.restored.h, at));
+    if constexpr (Cell::kHasCells) state.c = read_at<float>(d.restored.c, at);
+    RNN_EXT_UNROLL
+    for (int g = 0; g < Cell::kGates; g++) {
+      product[g] = d.restored_product[(sequence * Cell::kGates + g) * hidden + unit];
+    }
+  }
+
   RNN_EXT_DEVICE void compute(const UnitBias<Cell, T>& bias, const float (&product)[Cell::kGates]) {
     RNN_EXT_UNROLL
     for (int g = 0; g < Cell::kGates; g++) net[g] = to_float(input[g]) + bias.net[g];
@@ -138,6 +150,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
               product[g] = item.reset ? 0 : sums.read(g * kUnits + own.in_block, own.row_in_pass);
             }
             if (item.reset) item.state = {0, 0};
+            if (item.reset && d.restored.h)
+              item.restore(d, hidden, first + row, own.in_layer, product);
             item.compute(bias, product);
             h_state[at] = item.state.h;
             if constexpr (Cell::kHasCells) c_state[at] = item.state.c;

@@ -24,7 +24,7 @@ struct Sequences {
   int directions;            // 1 or 2
   const int64_t* offsets;    // [T], the layout of a PackedSequence; null: padded. Needs lengths
   const int64_t* lengths;    // [B], or null: all take part
-  const bool* resets;  // [N], or null: true zeroes the state that is carried into the row's step
+  const bool* resets;  // [N], or null: true replaces the state that is carried into the row's step
 };
 
 struct ForwardDirection {
@@ -40,9 +40,11 @@ struct ForwardDirection {
   float* cells;     // [N, H], LSTM: every c_t, or null
   const void* h0;   // S [B, H]
   const float* c0;  // [B, H], LSTM
-  void* h_n;        // S [B, H]
-  float* c_n;       // [B, H], LSTM
-  bool reverse;     // time runs from T - 1 to 0
+  Restored restored;
+  const float* restored_product;  // [B, G*H] = restored.h U^T, or null: zeros
+  void* h_n;                      // S [B, H]
+  float* c_n;                     // [B, H], LSTM
+  bool reverse;                   // time runs from T - 1 to 0
 };
 
 struct PersistentForward {
@@ -60,6 +62,8 @@ struct BackwardDirection {
   const float* cells;
   const void* h0;   // S [B, H]
   const float* c0;  // [B, H], LSTM
+  Restored restored;
+  RestoredSums restored_sums;
   const void* d_h;  // S [N, H]: gradient of h, or null
   int64_t d_h_stride;
   const void* d_cells;  // S [N, H]: gradient of every c_t, or null
@@ -68,7 +72,7 @@ struct BackwardDirection {
   void* delta;  // S [N, D*H]: dL/d(net input). D = G; GRU: 4, n of the hidden side, then r, z, n of
                 //   the input's side
   int64_t delta_stride;
-  void* previous;  // S [N, H]: h', zero where reset; or null
+  void* previous;  // S [N, H]: h', where reset the restored one; or null
   bool reverse;    // as in the forward pass
 };
 

@@ -33,6 +33,11 @@ RNN_EXT_DEVICE void store(void* base, int64_t at, Real<S> value) {
     static_cast<S*>(base)[at] = from_float<S>(value);
 }
 
+template <class R>
+RNN_EXT_DEVICE void add(void* base, int64_t at, R value) {
+  static_cast<R*>(base)[at] += value;
+}
+
 // A block covers kTileUnits units of kTileRows rows; lanes of a warp are neighbouring units.
 constexpr int kTileUnits = 32, kTileRows = 4, kTileThreads = kTileUnits * kTileRows;
 

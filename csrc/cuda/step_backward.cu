@@ -38,14 +38,29 @@ struct Backward {
   RNN_EXT_DEVICE void store_delta(int gate, int gates, R value) const {
     store<S>(p.delta, (row * gates + gate) * p.hidden + unit, value);
   }
+  // dL/d(U h') of a gate among `gates` of U: in a row that is reset it ends here.
+  RNN_EXT_DEVICE void end_delta(int gate, int gates, R value) const {
+    if (reset && p.restored_sums.delta)
+      add<R>(p.restored_sums.delta, (row * gates + gate) * p.hidden + unit, value);
+  }
   RNN_EXT_DEVICE R previous_h() const {
-    return reset ? R(0) : load<S>(has_previous ? p.h_before : p.h0, state);
+    if (reset) return p.restored.h ? load<S>(p.restored.h, state) : R(0);
+    return load<S>(has_previous ? p.h_before : p.h0, state);
   }
   RNN_EXT_DEVICE R previous_c() const {
-    return reset ? R(0) : load<R>(has_previous ? p.cells_before : p.c0, state);
+    if (reset) return p.restored.c ? load<R>(p.restored.c, state) : R(0);
+    return load<R>(has_previous ? p.cells_before : p.c0, state);
+  }
+  // What the previous step gets of a gradient of its state, which a reset keeps.
+  RNN_EXT_DEVICE R passed_on(R gradient, void* restored_sum) const {
+    if (!reset) return gradient;
+    if (restored_sum) add<R>(restored_sum, state, gradient);
+    return R(0);
   }
   // The rest of dL/dh' beside what flows through the product.
-  RNN_EXT_DEVICE void store_carry(R carry) const { store<R>(p.carry, state, reset ? R(0) : carry); }
+  RNN_EXT_DEVICE void store_carry(R carry) const {
+    store<R>(p.carry, state, passed_on(carry, p.restored_sums.h));
+  }
 };
 
 template <class S, class Activation>
@@ -56,7 +71,9 @@ struct ElmanBackward {
 
   template <int phase>
   RNN_EXT_DEVICE static void run(const Backward<S>& at, R dh) {
-    at.store_delta(0, 1, Elman<R, Activation>::vjp(load<S>(at.p.h, at.state), dh));
+    const R delta = Elman<R, Activation>::vjp(load<S>(at.p.h, at.state), dh);
+    at.store_delta(0, 1, delta);
+    at.end_delta(0, 1, delta);
   }
 };
 
@@ -76,11 +93,12 @@ struct LstmBackward {
     if (p.d_cells) dc += load<S>(p.d_cells, at.state);
     Lstm<R>::forward(gates, c_prev, c_again, m);
     Lstm<R>::vjp(gates, c_prev, c, dm, dc, delta, dc_prev);
-    store<R>(p.dc, at.state, at.reset ? R(0) : dc_prev);
-    at.store_delta(0, 4, delta.i);
-    at.store_delta(1, 4, delta.f);
-    at.store_delta(2, 4, delta.g);
-    at.store_delta(3, 4, delta.o);
+    store<R>(p.dc, at.state, at.passed_on(dc_prev, p.restored_sums.c));
+    const auto keep = [&at](int gate, R value) {
+      at.store_delta(gate, 4, value);
+      at.end_delta(gate, 4, value);
+    };
+    keep(0, delta.i), keep(1, delta.f), keep(2, delta.g), keep(3, delta.o);
   }
 };
 
@@ -114,6 +132,9 @@ struct GruBackward {
     at.store_delta(1, 4, delta.r);
     at.store_delta(2, 4, delta.z);
     at.store_delta(3, 4, delta.n);
+    at.end_delta(0, 3, delta.r);
+    at.end_delta(1, 3, delta.z);
+    at.end_delta(2, 3, delta_hidden_n);
   }
 };
 
@@ -136,10 +157,13 @@ struct GruResetBeforeBackward {
       at.store_carry(carry);
       at.store_delta(1, 3, delta_z);
       at.store_delta(2, 3, delta_n);
+      at.end_delta(1, 2, delta_z);
     } else {
       R r = at.gate(0, 3), z{}, carry = load<R>(at.p.carry, at.state);
       Cell::reset(r, z, h_prev);
-      at.store_delta(0, 3, Cell::reset_vjp(r, h_prev, gradient, carry));
+      const R delta_r = Cell::reset_vjp(r, h_prev, gradient, carry);
+      at.store_delta(0, 3, delta_r);
+      at.end_delta(0, 2, delta_r);
       at.store_carry(carry);
     }
   }

@@ -31,11 +31,13 @@ struct Forward {
     return p.b_ih ? a + load<S>(p.b_ih, gate * p.hidden + unit) : a;
   }
   RNN_EXT_DEVICE R hidden_side(const void* product, int gate, int column, int columns) const {
-    const R a = reset ? R(0) : load<R>(product, gate_at(column, columns));
+    const R a = product ? load<R>(product, gate_at(column, columns)) : R(0);
     return p.b_hh ? a + load<S>(p.b_hh, gate * p.hidden + unit) : a;
   }
+  // h' U^T, or null: zeros
+  RNN_EXT_DEVICE const void* product() const { return reset ? p.restored_product : p.product; }
   RNN_EXT_DEVICE R net_input(int gate, int gates) const {
-    return input_side(gate, gates) + hidden_side(p.product, gate, gate, gates);
+    return input_side(gate, gates) + hidden_side(product(), gate, gate, gates);
   }
   RNN_EXT_DEVICE void save(int gate, int gates, R a) const {
     if (p.save) store<S>(p.gates, gate_at(gate, gates), a);
@@ -43,8 +45,12 @@ struct Forward {
 
   // h', not rounded
   RNN_EXT_DEVICE R previous() const {
-    if (reset) return R(0);
+    if (reset) return p.restored.h ? load<S>(p.restored.h, state) : R(0);
     return p.h_wide ? load<R>(p.h_wide, state) : load<S>(p.h_state, state);
+  }
+  RNN_EXT_DEVICE R previous_c() const {
+    if (reset) return p.restored.c ? load<R>(p.restored.c, state) : R(0);
+    return load<R>(p.c_state, state);
   }
   RNN_EXT_DEVICE void finish(R h) const {
     store<S>(p.h, state, h);
@@ -75,7 +81,7 @@ struct LstmForward {
     at.save(2, 4, gates.g);
     at.save(3, 4, gates.o);
     R c, m;
-    Lstm<R>::forward(gates, at.reset ? R(0) : load<R>(p.c_state, at.state), c, m);
+    Lstm<R>::forward(gates, at.previous_c(), c, m);
     store<R>(p.c_state, at.state, c);
     if (p.cells) store<R>(p.cells, at.state, c);
     if (p.h)
@@ -91,7 +97,7 @@ struct GruForward {
   template <int phase>
   RNN_EXT_DEVICE static void run(const Forward<S>& at) {
     typename Gru<R>::Gates gates{at.net_input(0, 3), at.net_input(1, 3), at.input_side(2, 3)};
-    const R hidden_n = at.hidden_side(at.p.product, 2, 2, 3);
+    const R hidden_n = at.hidden_side(at.product(), 2, 2, 3);
     at.save(0, 3, gates.r);
     at.save(1, 3, gates.z);
     at.save(2, 3, gates.n);
@@ -108,11 +114,11 @@ struct GruResetBeforeForward {
   RNN_EXT_DEVICE static void run(const Forward<S>& at) {
     const StepForward& p = at.p;
     if constexpr (phase == 0) {
-      R r = at.input_side(0, 3) + at.hidden_side(p.product, 0, 0, 2), z{};
+      R r = at.input_side(0, 3) + at.hidden_side(at.product(), 0, 0, 2), z{};
       at.save(0, 3, r);
       store<S>(p.middle, at.state, Cell::reset(r, z, at.previous()));
     } else {
-      R r{}, z = at.input_side(1, 3) + at.hidden_side(p.product, 1, 1, 2);
+      R r{}, z = at.input_side(1, 3) + at.hidden_side(at.product(), 1, 1, 2);
       R n = at.input_side(2, 3) + at.hidden_side(p.second_product, 2, 0, 1);
       at.save(1, 3, z);
       at.save(2, 3, n);

@@ -1,3 +1,4 @@
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/sum.h>
@@ -104,30 +105,35 @@ class BackwardPass {
         h0_(in.h0.contiguous()),
         d_output_(contiguous(d.d_output)),
         d_cells_(contiguous(d.d_cells)),
+        restored_(l_.restored()),
         products_(l_, delta_, stream) {
     if (l_.lstm) {
       c0_ = in.c0->to(call.compute).contiguous();
       dc_ = state_gradient(d.d_c_n, {call.batch, l_.hidden}, l_.wide);
     }
     if (l_.projected) dh_ = at::empty({call.rows, l_.output}, l_.stored);
+    if (call.restores && wanted[1]) {
+      sums_.delta = at::zeros({call.batch, l_.recurrent().size(0)}, l_.wide);
+      sums_.h = at::zeros({call.batch, l_.output}, l_.wide);
+    }
+    if (call.restores && wanted[2]) sums_.c = at::zeros({call.batch, l_.hidden}, l_.wide);
     if (wanted[4]) previous_ = at::empty({call.rows, l_.output}, l_.stored);
   }
 
   BackwardLoop persistent_loop() const {
     return {&in_,   saved_.gates, saved_.middle, saved_.cells, l_.as_rows(saved_.states),
-            c0_,    d_output_,    d_cells_,      carry_,       dc_,
-            delta_, previous_};
+            c0_,    restored_,    sums_,         d_output_,    d_cells_,
+            carry_, dc_,          delta_,        previous_};
   }
 
   void run_steps() {
     const Tensor product = at::empty({call_.batch, l_.output}, l_.wide),
                  second_product = at::empty({call_.batch, l_.hidden}, l_.wide);
     const Tensor hidden_side = products_.hidden_side();
-    Tensor w_hh = in_.w_hh, second_operand, second_weights;
+    Tensor w_hh = l_.recurrent(), second_operand, second_weights;
     if (l_.gru)
       w_hh = at::cat({w_hh.narrow(0, 2 * l_.hidden, l_.hidden), w_hh.narrow(0, 0, 2 * l_.hidden)});
     if (l_.reset_before) {
-      w_hh = in_.w_hh.narrow(0, 0, 2 * l_.hidden);
       second_weights = in_.w_hh.narrow(0, 2 * l_.hidden, l_.hidden);
       second_operand = delta_.narrow(1, 2 * l_.hidden, l_.hidden);
     } else if (l_.projected) {
@@ -142,6 +148,8 @@ class BackwardPass {
     p.second_product = second_product.const_data_ptr();
     p.h0 = h0_.const_data_ptr();
     p.c0 = RowPointer(c0_)[0];
+    p.restored = {RowPointer(restored_.h)[0], RowPointer(restored_.c)[0]};
+    p.restored_sums = {RowPointer(sums_.delta)[0], RowPointer(sums_.h)[0], RowPointer(sums_.c)[0]};
     p.carry = carry_.mutable_data_ptr();
     p.dc = RowPointer(dc_)[0];
     const RowPointer gate_rows(saved_.gates), middle_rows(saved_.middle), state_rows(saved_.states),
@@ -183,8 +191,13 @@ class BackwardPass {
   InputGradients gradients() const {
     InputGradients out;
     if (wanted_[0]) out[0] = products_.input();
-    if (wanted_[1]) out[1] = carry_.to(call_.dtype);
-    if (wanted_[2] && l_.lstm) out[2] = dc_->to(call_.dtype);
+    if (wanted_[1]) {
+      OptionalTensor restored;
+      if (sums_.delta)
+        restored = at::addmm(*sums_.h, *sums_.delta, l_.recurrent().to(call_.compute));
+      out[1] = of_states(carry_, restored);
+    }
+    if (wanted_[2] && l_.lstm) out[2] = of_states(*dc_, sums_.c);
     if (wanted_[3]) out[3] = products_.w_ih();
     if (wanted_[4]) out[4] = products_.w_hh(*previous_, saved_.middle);
     if ((wanted_[5] || wanted_[6]) && in_.b_ih) {
@@ -197,6 +210,11 @@ class BackwardPass {
   }
 
  private:
+  // The gradient of h0 or c0: below that of the initial states there is that of the restored ones.
+  Tensor of_states(const Tensor& initial, const OptionalTensor& restored) const {
+    return (restored ? at::cat({initial, *restored}) : initial).to(call_.dtype);
+  }
+
   const Call& call_;
   const LayerInputs& in_;
   const Saved& saved_;
@@ -205,6 +223,8 @@ class BackwardPass {
   const StepLayer l_;
   const Tensor delta_, carry_, h0_;
   const OptionalTensor d_output_, d_cells_;
+  const Restored restored_;
+  RestoredSums sums_;
   const ParameterGradients products_;
   OptionalTensor c0_, dc_, dh_, previous_;
 };

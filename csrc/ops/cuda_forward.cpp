@@ -40,7 +40,7 @@ class ForwardPass {
  public:
   ForwardPass(const Call& call, const LayerInputs& in, const RowPredicates& predicates, bool save,
               bool persistent)
-      : call_(call), in_(in), l_(call, in, predicates), save_(save) {
+      : call_(call), in_(in), l_(call, in, predicates), save_(save), restored_(l_.restored()) {
     const long width = call.gates * l_.hidden, batch = call.batch;
     const long row_bytes = std::max<long>(1, width * c10::elementSize(call.dtype));
     most_rows_ = persistent || save || l_.elman ? std::numeric_limits<long>::max()
@@ -49,11 +49,17 @@ class ForwardPass {
     states_ = l_.as_rows(out_.output);
     // An Elman cell's net input lies where its output will.
     gates_ = l_.elman ? states_ : at::empty({std::min(call.rows, most_rows_), width}, l_.stored);
-    if (l_.lstm) c_state_ = fresh(*in.c0, l_.wide);
+    if (l_.lstm) c_state_ = fresh(first_rows(*in.c0, batch), l_.wide);
     if (l_.lstm && save) out_.saved.cells = at::empty(call.laid_out(l_.hidden), l_.wide);
     if (l_.reset_before || l_.projected || (l_.gru && save))
       middle_ = at::empty({save ? call.rows : batch, l_.hidden}, l_.stored);
-    h_state_ = persistent ? at::empty(in.h0.sizes(), l_.stored) : fresh(in.h0, l_.stored);
+    const Tensor h0 = first_rows(in.h0, batch);
+    h_state_ = persistent ? at::empty(h0.sizes(), l_.stored) : fresh(h0, l_.stored);
+    if (restored_.h) {
+      const Tensor weights = l_.recurrent();
+      restored_product_ = at::empty({batch, weights.size(0)}, l_.wide);
+      multiply(*restored_product_, *restored_.h, weights.t());
+    }
   }
 
   // Projects the input; the kernel does the rest.
@@ -61,18 +67,21 @@ class ForwardPass {
     multiply(gates_, l_.as_rows(in_.input), in_.w_ih.t());
     const OptionalTensor c0 = c_state_;
     if (l_.lstm) c_state_ = at::empty_like(*c0);
-    return {&in_, gates_, states_, h_state_, c0, c_state_, out_.saved.cells, middle_, save_};
+    return {&in_,     gates_,    states_,           h_state_,         c0,
+            c_state_, restored_, restored_product_, out_.saved.cells, middle_,
+            save_};
   }
 
   void run_steps(const cuda::Stream& stream) {
     const long width = call_.gates * l_.hidden, batch = call_.batch;
     OptionalTensor h_wide;
-    if (call_.gates == 3 && call_.dtype != call_.compute) h_wide = fresh(in_.h0, l_.wide);
+    if (call_.gates == 3 && call_.dtype != call_.compute)
+      h_wide = fresh(first_rows(in_.h0, batch), l_.wide);
     const Tensor x = l_.as_rows(in_.input);
     const Tensor product = at::empty({batch, l_.reset_before ? 2 * l_.hidden : width}, l_.wide);
     const Tensor second_product = at::empty({batch, l_.projected ? l_.output : l_.hidden}, l_.wide);
     const Tensor w_ih = in_.w_ih.t();
-    const Tensor w_hh = (l_.reset_before ? in_.w_hh.narrow(0, 0, 2 * l_.hidden) : in_.w_hh).t();
+    const Tensor w_hh = l_.recurrent().t();
     const Tensor second_weights = l_.projected ? in_.w_hr->t()
                                   : l_.reset_before
                                       ? in_.w_hh.narrow(0, 2 * l_.hidden, l_.hidden).t()
@@ -85,6 +94,8 @@ class ForwardPass {
     if (in_.b_ih) p.b_ih = b_ih.const_data_ptr();
     if (in_.b_hh) p.b_hh = b_hh.const_data_ptr();
     p.product = product.const_data_ptr();
+    p.restored = {RowPointer(restored_.h)[0], RowPointer(restored_.c)[0]};
+    p.restored_product = RowPointer(restored_product_)[0];
     p.second_product = second_product.const_data_ptr();
     p.h_state = h_state_.mutable_data_ptr();
     p.h_wide = RowPointer(h_wide)[0];
@@ -136,10 +147,11 @@ class ForwardPass {
   const LayerInputs& in_;
   const StepLayer l_;
   const bool save_;
+  const Restored restored_;
   long most_rows_;
   LayerOutputs out_;
   Tensor states_, gates_, h_state_;
-  OptionalTensor c_state_, middle_;
+  OptionalTensor c_state_, middle_, restored_product_;
 };
 
 }  // namespace

@@ -21,6 +21,17 @@ inline bool on_cuda(const at::Tensor& t) {
 #endif
 }
 
+// What resets put in the place of the state; null: zeros.
+struct Restored {
+  OptionalTensor h, c;  // S [B, P]; R [B, H] of the LSTM
+};
+
+// What backward adds up over the steps that begin from it, as csrc/cuda/params.h says; null where
+// nobody asks.
+struct RestoredSums {
+  OptionalTensor delta, h, c;
+};
+
 // Rows that end early or start afresh, both on the device of the input.
 struct RowPredicates {
   // int64 [B]: sequence b takes part in steps t < lengths[b]; its outputs are 0 after that.

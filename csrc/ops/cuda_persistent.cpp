@@ -115,6 +115,8 @@ void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredi
     d.cells = floats(loop.cells);
     d.h0 = read(loop.in->h0);
     d.c0 = floats(loop.c0);
+    d.restored = {data(loop.restored.h), data(loop.restored.c)};
+    d.restored_product = floats(loop.restored_product);
     d.h_n = data(loop.h_n);
     d.c_n = floats(loop.c_n);
     d.reverse = loop.in->reverse;
@@ -147,6 +149,9 @@ void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredi
     d.h_stride = d.d_h_stride = hidden;
     d.cells = floats(loop.cells);
     d.c0 = floats(loop.c0);
+    d.restored = {data(loop.restored.h), data(loop.restored.c)};
+    const RestoredSums& sums = loop.restored_sums;
+    d.restored_sums = {data(sums.delta), data(sums.h), data(sums.c)};
     d.d_h = data(loop.d_output);
     d.d_cells = data(loop.d_cells);
     d.carry = loop.carry.mutable_data_ptr<float>();

@@ -21,8 +21,10 @@ struct ForwardLoop {
   at::Tensor states;       // S [N, H], every h_t
   at::Tensor h_n;          // S [B, H]
   OptionalTensor c0, c_n;  // float [B, H], LSTM
-  OptionalTensor cells;    // float [N, H], LSTM when saving
-  OptionalTensor middle;   // S [N, H], GRU when saving
+  Restored restored;
+  OptionalTensor restored_product;  // float [B, G*H] = restored.h U^T
+  OptionalTensor cells;             // float [N, H], LSTM when saving
+  OptionalTensor middle;            // S [N, H], GRU when saving
   bool save;
 };
 
@@ -32,11 +34,13 @@ struct BackwardLoop {
   OptionalTensor gates, middle, cells;  // as forward left them
   at::Tensor states;                    // as forward left them
   OptionalTensor c0;                    // float [B, H], LSTM
-  OptionalTensor d_output, d_cells;     // S [N, H], contiguous
-  at::Tensor carry;                     // float [B, H]: dL/dh_n in, dL/dh0 out
-  OptionalTensor dc;                    // float [B, H], LSTM: dL/dc_n in, dL/dc0 out
-  at::Tensor delta;                     // S [N, D*H]
-  OptionalTensor previous;              // S [N, H]: h', zero where reset
+  Restored restored;
+  RestoredSums restored_sums;
+  OptionalTensor d_output, d_cells;  // S [N, H], contiguous
+  at::Tensor carry;                  // float [B, H]: dL/dh_n in, dL/dh0 out
+  OptionalTensor dc;                 // float [B, H], LSTM: dL/dc_n in, dL/dc0 out
+  at::Tensor delta;                  // S [N, D*H]
+  OptionalTensor previous;           // S [N, H]: h', where reset the restored one
 };
 
 // Each puts one kernel on the stream, for one direction or both. The plan is that of the pass, and

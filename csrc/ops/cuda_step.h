@@ -121,6 +121,16 @@ struct StepLayer {
             static_cast<const bool*>(RowPointer(resets)[time.begin(t)])};
   }
   at::Tensor as_rows(const at::Tensor& t) const { return t.reshape({call.rows, t.size(-1)}); }
+  // The part of U that multiplies h' itself.
+  at::Tensor recurrent() const { return reset_before ? in.w_hh.narrow(0, 0, 2 * hidden) : in.w_hh; }
+  Restored restored() const {
+    if (!call.restores) return {};
+    const auto second_half = [&](const at::Tensor& t, const at::TensorOptions& options) {
+      return fresh(t.narrow(0, call.batch, call.batch), options);
+    };
+    return {second_half(in.h0, stored),
+            lstm ? OptionalTensor(second_half(*in.c0, wide)) : std::nullopt};
+  }
 
  private:
   void check(const at::Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef shape) {

@@ -152,7 +152,6 @@ namespace {
 template <class Run>
 auto on_cuda_each(const Call& call, std::span<const LayerInputs> directions, const Run& run) {
   if (!directions[0].resets) return run(directions, RowPredicates{}, 0);
-  TORCH_CHECK(!call.restores, "rnn_ext: an initial_state for resets has no CUDA kernel");
   decltype(run(directions, RowPredicates{}, 0)) all;
   for (size_t i = 0; i < directions.size(); i++) {
     const RowPredicates predicates{{}, parted_rows(call, directions[i])};

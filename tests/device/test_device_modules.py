@@ -87,6 +87,40 @@ def test_packed_sequences(backend, name):
     close(my_gradients, gradients(theirs, expected, x))
 
 
+def states(module, batch):
+    """A state for each layer and direction, as the module takes it."""
+    shape = module.num_layers * (2 if module.bidirectional else 1), batch, module.hidden_size
+    made = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
+    return tuple(made) if module.mode == "LSTM" else made[0]
+
+
+def both_ways(backend, module, x, hx, **options):
+    """[(results, gradients)] of the kernels and of torch operations."""
+    found = []
+    for way in (backend, "reference"):
+        with rnn_ext.use_backend(way):
+            results = module(x, hx, **options)
+            leaves = x, *tensors(hx), *tensors(options.get("initial_state"))
+            found.append((results, gradients(module, results, *leaves)))
+    return found
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["zeros", "initial_state"])
+@each_layer
+@each_backend
+def test_resets(backend, name, restored):
+    skip_uncovered(backend, name)
+    ours, _ = pair(name, 6, 40, num_layers=2, bidirectional=True)
+    x = torch.randn(9, 7, 6, device=DEVICE, requires_grad=True)
+    resets = torch.rand(9, 7, device=DEVICE) < 0.3
+    initial = states(ours, 7) if restored else None
+    mine, expected = both_ways(
+        backend, ours, x, states(ours, 7), resets=resets, initial_state=initial
+    )
+    close(mine[0], expected[0])
+    close(mine[1], expected[1])
+
+
 each_half = pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"]
 )
