@@ -73,6 +73,7 @@ def partial_forward(
     parted: _Optional,
     keep_gates: bool,
     planned: tuple[int, int],
+    backend: str,
     /,
 ) -> tuple[Any, ...]: ...
 def partial_backward(
@@ -90,6 +91,7 @@ def partial_backward(
     clip: str,
     limit: float,
     dh_norms: _Optional,
+    backend: str,
     /,
 ) -> list[_Optional]: ...
 def both_forward(
@@ -288,6 +290,7 @@ def plan_cuda(
     hidden: int,
     directions: int,
     projected: bool,
+    norms: bool,
     backend: str,
     limits: CudaDeviceLimits,
     /,

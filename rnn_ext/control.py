@@ -1,7 +1,8 @@
 """Control over a layer's training: what is kept for the backward pass, and what limits dL/dh_t.
 
-A `Control` runs one layer in one direction like ``ops.layer``, with the same results to the last
-bit. Where gradients are recorded
+A `Control` runs one layer in one direction like ``ops.layer``, with the same results: to the last
+bit on the CPU, on CUDA as far as products over fewer steps round alike. Where gradients are
+recorded
 
 - ``checkpoint_every=k`` keeps the states before every k-th step and nothing else; the backward pass
   runs each stretch of k steps forward again, the last one first (Chen et al. 2016,
@@ -32,7 +33,8 @@ __all__ = ["Control", "checked_control"]
 _SUMMED_ROWS = 512
 # Calls of fewer rows are computed in another order than longer ones (csrc/cpu/plan.cpp).
 _FEW_ROWS = 8
-_CACHED_GATES = 1 << 19
+# Gates that a cache holds; on CUDA, that keep a GPU busy.
+_CACHED_GATES, _CUDA_GATES = 1 << 19, 1 << 25
 
 
 def checked_control(
@@ -141,12 +143,9 @@ class Control:
         "or grad_clip; compile without fullgraph, or build the layer without them"
     )
     def _recorded(self, cell, given, options):
-        watched, input = transforms.watched(), given[0]
         obstacle = None
-        if watched:
+        if transforms.watched():
             obstacle = "under the transforms of torch.func and in forward mode"
-        elif input.is_cuda:
-            obstacle = "on CUDA"
         if obstacle is None and current() != "reference":
             how = options["batch_sizes"], options["reverse"], options["resets"]
             return recompute.layer(self, cell, given, *how)
@@ -207,17 +206,20 @@ class Control:
         return watch
 
     def stretch(
-        self, cell_rows: int, steps: int, batch: int, packed: bool, dtype: torch.dtype
+        self, cell_rows: int, steps: int, batch: int, packed: bool, input: Tensor
     ) -> int | None:
         """How many steps the backward pass computes again at a time, None if it does not have to.
 
         As many as between checkpoints or, of states that were all kept, whose gates (``cell_rows``
-        of them a row) a cache holds. Sums over time are cut where their blocks end, which keeps
-        every bit, where that at most doubles the steps between checkpoints.
+        of them a row) a cache holds. On the CPU sums over time are cut where their blocks end,
+        which keeps every bit, where that at most doubles the steps between checkpoints.
         """
         if not self.keeps_less:
             return None
-        rows = _SUMMED_ROWS if dtype == torch.bfloat16 else _SUMMED_ROWS // 2
+        if input.is_cuda:
+            within = max(1, _CUDA_GATES // (cell_rows * max(batch, 1)))
+            return min(max(steps, 1), self.checkpoint_every or within)
+        rows = _SUMMED_ROWS if input.dtype == torch.bfloat16 else _SUMMED_ROWS // 2
         whole = 1 if packed else rows // math.gcd(rows, batch)
         if self.checkpoint_every is None:
             cached = max(rows, _CACHED_GATES // cell_rows)

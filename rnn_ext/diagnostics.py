@@ -74,8 +74,7 @@ def gradient_flow(
     dL/dh_t is the whole derivative, through the output at t and through all later steps (and
     layers), before ``grad_clip`` limits it. It decays over time where gradients vanish and grows
     where they explode (Bengio et al. 1994; Pascanu et al. 2013, arXiv:1211.5063). Nothing is added
-    to any ``.grad``. On the CPU the backward kernel takes the norms in passing; elsewhere the layer
-    is composed of torch operations.
+    to any ``.grad``. The backward kernels take the norms in passing, on CUDA step by step.
 
     Args:
         module: an RNN, LSTM or GRU of rnn_ext.

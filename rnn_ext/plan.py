@@ -101,7 +101,7 @@ def explain(
     if arranged is None:
         raise ValueError(f"explain: {module} cannot take this input; calling it says why")
 
-    reason = module._unserved or uncovered(x, states, weights) or _uncontrolled(module, x)
+    reason = module._unserved or uncovered(x, states, weights)
     if getattr(module, "_whole_rows", False):
         control = module._control if torch.is_grad_enabled() else None
         reason = reason or normalized.uncovered(x, control)
@@ -110,13 +110,6 @@ def explain(
         how = _choose(module, x, steps, batch, directions, group, reason)
         plans.append(LayerPlan(k // directions, "reverse" if k % directions else "forward", **how))
     return Plan(str(module), tuple(plans))
-
-
-def _uncontrolled(module, x):
-    """What of a layer's control over its training has no kernel here (a phrase), or None."""
-    if x.is_cuda and getattr(module, "grad_clip", None) is not None and torch.is_grad_enabled():
-        return "grad_clip has no CUDA kernel"
-    return None
 
 
 def _choose(module, x, steps, batch, directions, weights, obstacle):
@@ -160,8 +153,12 @@ def _choose_on_cuda(module, x, steps, batch, directions, weights, backend):
     autocast = torch.is_autocast_enabled("cuda") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
     limits = _C.cuda_device_limits(x.device.index or 0)
+    norms, control = False, getattr(module, "_control", None)
+    if control is not None and torch.is_grad_enabled():
+        norms = control.clip is not None and control.clip[0] == "norm"
+        directions = 1  # each by itself
     passes = _C.plan_cuda(
-        module._cell, dtype, steps, batch, hidden, directions, projected, backend, limits
+        module._cell, dtype, steps, batch, hidden, directions, projected, norms, backend, limits
     )
     (kernel, reason), (backward, why) = [(k, text.partition(": ")[2]) for k, text in passes]
     if backend == "cuda-persistent" and kernel != backend:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _C, transforms
-from .backend import warn_once
+from .backend import current, warn_once
 
 __all__ = ["Flow", "layer"]
 
@@ -113,15 +113,17 @@ class _Layer(torch.autograd.Function):
         input, w_ih, packed = tensors[0], tensors[_FIRST_WEIGHT], batch_sizes is not None
         steps = batch_sizes.numel() if packed else input.size(0)
         batch = int(batch_sizes[0]) if packed else input.size(1)
-        stretch = how.stretch(w_ih.size(0), steps, batch, packed, input.dtype)
+        stretch = how.stretch(w_ih.size(0), steps, batch, packed, input)
+        backend = current() if input.is_cuda else "auto"
         parted = None
         if resets is not None:
             parted = _C.parted_rows(cell, tensors, batch_sizes, reverse, resets)
         output, h_n, c_n, states, cells, gates, middle, isa = _C.partial_forward(
-            cell, tensors, batch_sizes, reverse, parted, stretch is None, (0, 0)
+            cell, tensors, batch_sizes, reverse, parted, stretch is None, (0, 0), backend
         )
         ctx.set_materialize_grads(False)
         ctx.options, ctx.how, ctx.isa = (cell, batch_sizes, reverse), how, isa
+        ctx.backend = backend  # backward has a thread, and context, of its own
         ctx.stretch, ctx.flow = stretch, None
         if how.flow is not None:
             ctx.flow = Flow()
@@ -166,6 +168,7 @@ class _Backward:
         self.stretch, self.tensors, self.wanted = ctx.stretch, tensors, wanted
         self.parted = parted  # the rows into whose step no state is carried
         self.isa, self.has_states = ctx.isa, ctx.how.save == "states"
+        self.backend = ctx.backend
         self.clip = ctx.how.clip or ("", 0.0)
         self.compute = torch.promote_types(tensors[0].dtype, torch.float32)
         self.norms = None
@@ -202,6 +205,7 @@ class _Backward:
             sums,
             *self.clip,
             norms,
+            self.backend,
         )
 
     def by_part(self, saved, upstream):
@@ -215,7 +219,7 @@ class _Backward:
             None if t is None or not w else self._sum(t)
             for t, w in zip(weights, self.wanted[_FIRST_WEIGHT:])
         ]
-        dx = torch.empty(input.shape, dtype=input.dtype) if self.wanted[0] else None
+        dx = input.new_empty(input.shape) if self.wanted[0] else None
         kept = [_flat(t) for t in saved[:2]]
         end = None if kept[0] is None else len(kept[0])
         for part in reversed(time.parts):
@@ -239,7 +243,7 @@ class _Backward:
                 again, isa = self._from_states(time, part, parted, saved, kept)
             else:
                 _, _, _, *again, isa = _C.partial_forward(
-                    self.cell, tensors, sizes, self.reverse, parted, True, planned
+                    self.cell, tensors, sizes, self.reverse, parted, True, planned, self.backend
                 )
             reaching = (
                 time.of(d_output, part),
@@ -283,13 +287,13 @@ class _Backward:
             *weights,
         )
         *_, gates, middle, isa = _C.partial_forward(
-            self.cell, at_once, None, False, None, True, (0, 0)
+            self.cell, at_once, None, False, None, True, (0, 0), self.backend
         )
         return (*known, gates, middle), isa
 
     def _sum(self, like, start=None):
         """A contiguous sum of the shape of ``like``, its first rows from ``start`` on, or zero."""
-        sum = torch.zeros(like.shape, dtype=self.compute)
+        sum = like.new_zeros(like.shape, dtype=self.compute)
         if start is not None:
             sum[: len(start)] = start
         return sum

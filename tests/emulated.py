@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import load
 
-from rnn_ext import library, ops, transforms
+from rnn_ext import library, ops, recompute, transforms
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["csrc/ops/*.cpp", "tests/emulated_*.cpp"]
@@ -58,6 +58,12 @@ class OnPaths:
     def layer_backward(self, *arguments):
         return self._extension.layer_backward(*arguments[:-1], self._backward)
 
+    def partial_forward(self, *arguments):
+        return self._extension.partial_forward(*arguments[:-1], self._forward)
+
+    def partial_backward(self, *arguments):
+        return self._extension.partial_backward(*arguments[:-1], self._backward)
+
     def both_forward(self, *arguments):
         return self._extension.both_forward(*arguments[:-1], self._forward)
 
@@ -69,7 +75,7 @@ class OnPaths:
 def emulation(monkeypatch, forward, backward):
     """rnn_ext's Python on the emulated kernels; gives `_predicates`."""
     extension = OnPaths(forward, backward)
-    for module in (ops, library, transforms):
+    for module in (ops, library, recompute, transforms):
         monkeypatch.setattr(module, "_C", extension)
     monkeypatch.setattr(library, "_on_cuda", lambda tensor: True)
     monkeypatch.setattr(library, "_operators", torch.ops.rnn_ext_emulated)

@@ -48,6 +48,7 @@ class Case:
     reverse: bool = False  # of the first direction; the second runs the other way
     layout: str = "padded"  # or "lengths", "packed"
     resets: bool = False
+    limit: float = np.inf  # of the values of dL/dh
     restored: bool = False  # resets put another state than zeros in the place of the carried one
     bias: bool = True
     cluster: bool = False
@@ -134,6 +135,7 @@ class PersistentBackward(ctypes.Structure):
         ("sequences", Sequences),
         ("direction", BackwardDirection * 2),
         ("workspace", ctypes.c_void_p),
+        ("limit", ctypes.c_float),
     ]
 
 
@@ -195,6 +197,7 @@ class Problem:
                 d[rows] + at[t, rows]
                 for d, at in zip(d_state, (self.d_h, self.d_cells), strict=False)
             ]
+            reaching[0] = reaching[0].clip(-case.limit, case.limit)
             step = cell.step_backward(records[t], *reaching, weights)
             parts = step.x
             if case.cell == "gru":
@@ -275,7 +278,7 @@ class Run:
 
     def backward(self):
         case = self.case
-        args = PersistentBackward(self._sequences())
+        args = PersistentBackward(self._sequences(), limit=case.limit)
         blocks = 4 if case.cell == "gru" else case.gates
         for own, problem, d in zip(self.buffers, self.problems, args.direction, strict=False):
             u = problem.weights.reshape(case.gates, case.hidden, case.hidden)

@@ -11,6 +11,7 @@ from rnn_ext import reference
 SOURCES = [f"csrc/cuda/{name}.cu" for name in ("step_forward", "step_backward", "column_sums")]
 SOURCES += ["tests/cuda_on_cpu/entries/step.cpp"]
 CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", "gru_reset_before")  # CellKind
+CLIPS = (None, "value", "norm")  # Clip
 STORAGE = {  # cuda::Storage, and the error that it is allowed
     Number.FLOAT32: (0, 1e-5),
     Number.FLOAT64: (1, 1e-12),
@@ -22,6 +23,7 @@ STORAGE = {  # cuda::Storage, and the error that it is allowed
 def structure(text):
     """A ctypes struct of "name:type" words; without a type, a pointer."""
     types = {"": ctypes.c_void_p, "long": ctypes.c_int64, "bool": ctypes.c_bool, "rows": Rows}
+    types |= {"int": ctypes.c_int, "double": ctypes.c_double}
     fields = [(name, types[kind]) for name, _, kind in (w.partition(":") for w in text.split())]
     return type("Struct", (ctypes.Structure,), {"_fields_": fields})
 
@@ -36,7 +38,7 @@ Project = structure("rows:rows output:long product h h_state")
 Backward = structure(
     "rows:rows next:rows previous_step:long previous_count:long hidden:long output:long product "
     "second_product gates middle h cells h_before cells_before h0 c0 restored_h restored_c "
-    "sum_delta sum_h sum_c d_h d_cells carry dc delta dh previous"
+    "sum_delta sum_h sum_c d_h d_cells carry dc delta dh clip:int limit:double norms previous"
 )
 Sums = structure("rows:long columns:long row_stride:long matrix scratch sums")
 
@@ -48,6 +50,7 @@ class Case:
     layout: str = "padded"  # or "lengths", "packed"
     reverse: bool = False
     resets: bool = True
+    clip: str | None = None  # "value" or "norm": of dL/dh
     restored: bool = False  # resets put another state than zeros in the place of the carried one
     steps: int = 4
     batch: int = 6
@@ -93,6 +96,8 @@ class Run:
         self.d_h, self.d_cells, self.d_h_n = draw(t, b, p), draw(t, b, h), draw(b, p)
         self.d_c_n = draw(b, h)
         self.resets = (random.random((t, b)) < 0.3) & case.resets
+        # Well within what arrives; where numbers are rounded, few of them are close to it.
+        self.limit = 0.4 if case.clip == "value" else 0.4 * np.sqrt(p)
         self.restored = draw(b, p) * case.restored, draw(b, h) * case.restored
         self.alive = np.arange(t)[:, None] < case.lengths
         self.counts = self.alive.sum(1) if case.layout == "packed" else np.full(t, b)
@@ -138,12 +143,20 @@ class Run:
             out["c_state"] = state[1]
 
         out["delta"] = np.zeros((*shape, case.gates * case.hidden))
+        if case.clip == "norm":
+            out["norms"] = np.zeros((*shape, 1))
         d_state = [self.d_h_n.copy(), self.d_c_n.copy()][: 1 + lstm]
         d_restored = [np.zeros_like(d) for d in d_state]
         for t in case.order[::-1]:
             rows = np.flatnonzero(self.alive[t])
             upstream = zip(d_state, (self.d_h, self.d_cells))
             reaching = [d[rows] + at[t, rows] for d, at in upstream]
+            norms = np.linalg.norm(reaching[0], axis=-1, keepdims=True)
+            if case.clip == "norm":
+                out["norms"][t, rows] = norms
+                reaching[0] = reaching[0] * np.minimum(1, self.limit / norms)
+            elif case.clip:
+                reaching[0] = reaching[0].clip(-self.limit, self.limit)
             step = cell.step_backward(records[t], *reaching, weights)
             out["delta"][t, rows] = step.x
             cut = self.resets[t, rows][:, None]
@@ -217,6 +230,7 @@ class Run:
         rows, deltas = int(self.counts.sum()), 4 if gru else case.gates
         own["delta"] = self._empty(rows, deltas * h, "delta")
         own["previous"] = self._empty(rows, case.output, "previous")
+        own["norms"] = self.kernels.empty((rows, 1), self.wide, "norms")
         own["carry"], own["dc"] = self._wide(self.d_h_n, "carry"), self._wide(self.d_c_n, "dc")
         own["d_h"] = self._stored(self._rows_of(self.d_h), "d_h")
         own["d_cells"] = self._stored(self._rows_of(self.d_cells), "d_cells")
@@ -244,7 +258,11 @@ class Run:
             p.restored_h, p.restored_c = self._at(0, "restored_h", "restored_c")
             p.sum_delta, p.sum_h, p.sum_c = self._at(0, "sum_delta", "sum_h", "sum_c")
             p.d_h, p.d_cells, p.delta = self._at(at, "d_h", "d_cells", "delta")
-            p.dh, p.previous = self._at(at, "dh", "previous")
+            p.dh, p.previous, p.norms = self._at(at, "dh", "previous", "norms")
+            p.clip, p.limit = CLIPS.index(case.clip), self.limit
+            if case.clip == "norm":
+                kind = CELLS.index(case.cell)
+                self.kernels.call("run_step_norms", kind, self.storage, p)
             self._call("run_step_backward", p, phase=0)
             if before or case.projected:
                 if before:

@@ -29,7 +29,7 @@ SOME = [
 
 SMALL = [
     Case(),
-    Case(cluster=True),
+    Case(cluster=True, limit=0.5),
     Case(layout="lengths", resets=True, restored=True, reverse=True, bias=False, batch=9),
     Case(
         directions=2,
@@ -60,7 +60,7 @@ WIDE = [
         cluster=True,
     ),
     # tiles of several passes, the last one short
-    Case(steps=2, batch=37, hidden=20, rows=24, layout="lengths", resets=True),
+    Case(steps=2, batch=37, hidden=20, rows=24, layout="lengths", resets=True, limit=0.5),
     Case(
         steps=2, batch=21, hidden=50, rows=24, units=32, layout="packed", reverse=True, cluster=True
     ),

@@ -21,6 +21,7 @@ CLUSTER = Case(
     layout="packed",
     resets=True,
     restored=True,
+    limit=0.7,
 )
 
 LAYOUT, PRODUCT, EXCHANGE = (
@@ -250,6 +251,13 @@ MUTANTS = [
         BACKWARD,
         "carry_state[at] = carry;\n          if",
         "if (item.alive) carry_state[at] = carry;\n          if",
+    ),
+    (
+        "values clipped above alone",
+        CLUSTER,
+        BACKWARD,
+        "dh < -limit ? -limit : dh, carry",
+        "dh, carry",
     ),
     ("delta at the wrong gate", CLUSTER, CELLS, "return (d + 2) % 3;", "return d;"),
 ]

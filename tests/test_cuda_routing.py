@@ -10,6 +10,7 @@ import rnn_ext
 from rnn_ext import _C, functional, library
 from rnn_ext.backend import _runs_on
 from rnn_ext.backend import uncovered as why_uncovered
+from rnn_ext.control import Control
 
 
 def limits(**fields):
@@ -244,3 +245,23 @@ def test_a_state_that_resets_restore_goes_to_the_kernels(built, kind, monkeypatc
     assert torch.equal(seen[0], resets)
     for state in seen[1:]:
         assert state.shape == (4, 7) and not state[:2].any() and (state[2:] == 1).all()
+
+
+def test_gradients_that_are_clipped_have_kernels(built):
+    module, x = on_cuda("LSTM")
+    for clip, backward in ((("value", 1.0), ""), (("norm", 1.0), "the norm of dL/dh_t is a sum")):
+        module._control = Control(clip=clip)
+        (step,) = rnn_ext.explain(module, x).steps
+        assert step.kernel == "cuda-persistent" and backward in step.reason
+        assert ("; backward step: " in step.reason) == bool(backward)
+        with torch.no_grad():
+            assert "; backward" not in rnn_ext.explain(module, x).steps[0].reason
+
+
+def test_how_much_is_computed_again_on_cuda():
+    x = torch.zeros(0).as_subclass(OnCuda)
+    assert Control().stretch(256, 100, 3, False, x) is None
+    assert Control(checkpoint_every=7).stretch(256, 100, 3, False, x) == 7
+    assert Control(checkpoint_every=700).stretch(256, 100, 3, False, x) == 100
+    assert Control(save="states").stretch(256, 100, 3, False, x) == 100
+    assert Control(save="states").stretch(1 << 14, 1000, 128, False, x) == 16

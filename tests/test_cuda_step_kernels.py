@@ -34,8 +34,22 @@ def test_results_in_float64_without_races(cell, projected, layout, reverse):
 @pytest.mark.parametrize("number", STORAGE, ids=lambda number: number.name)
 @variants
 def test_every_number_format(cell, projected, number):
-    Run(Kernels(SOURCES), Case(cell, projected, "packed"), number).check()
+    Run(Kernels(SOURCES), Case(cell, projected, "packed", clip="value"), number).check()
     Run(Kernels(SOURCES), Case(cell, projected, "lengths", True, restored=True), number).check()
+
+
+@pytest.mark.parametrize("clip", ["value", "norm"])
+@pytest.mark.parametrize("number", [Number.FLOAT32, Number.BFLOAT16], ids=lambda n: n.name)
+@variants
+def test_clipped_gradients(cell, projected, number, clip):
+    Run(Kernels(SOURCES), Case(cell, projected, "lengths", hidden=150, clip=clip), number).check()
+
+
+@variants
+def test_clipped_norms_in_float64_without_races(cell, projected):
+    kernels = Kernels(SOURCES, race=True)
+    kernels.schedule(seed=2)
+    Run(kernels, Case(cell, projected, "packed", clip="norm"), Number.FLOAT64).check()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 256, 257, 700, 256 * 256 + 1])
@@ -220,7 +234,42 @@ MUTANTS = [
         "if (!continues) return load<R>(p.carry, at);",
         "if (!continues) return 0;",
     ),
-    (BACKWARD, "dL/dh0 not kept", "lstm", "if (continues) store<R>(p.carry, state, dh);", ""),
+    (
+        BACKWARD,
+        "dL/dh0 not kept",
+        "lstm",
+        "store<R>(p.carry, state, from_later_steps<S, Cell::carries>(p, true, at.row, state));",
+        "(void)state;",
+    ),
+    (
+        BACKWARD,
+        "values clipped below alone",
+        "lstm",
+        "return dh > limit ? limit : dh < -limit",
+        "return dh < -limit",
+    ),
+    (BACKWARD, "a row of another norm", "gru", "load<R>(p.norms, row)", "load<R>(p.norms, 0)"),
+    (
+        BACKWARD,
+        "norm without the carry",
+        "gru",
+        "carries ? norms_kernel<S, true> :",
+        "!carries ? norms_kernel<S, true> :",
+    ),
+    (
+        BACKWARD,
+        "no barrier in the sum of squares",
+        "gru",
+        "    sums[threadIdx.x] = sum;\n    __syncthreads();\n",
+        "    sums[threadIdx.x] = sum;\n",
+    ),
+    (
+        BACKWARD,
+        "units left out of the norm",
+        "gru",
+        "active && unit < p.output; unit +=",
+        "active && unit < p.output / 2; unit +=",
+    ),
     (BACKWARD, "h0 instead of the previous h", "gru", "has_previous ? p.h_before : p.h0", "p.h0"),
     (
         BACKWARD,
@@ -268,7 +317,8 @@ def built_ahead(request):
 def test_a_planted_bug_is_caught(file, name, cell, old, new):
     def run(kernels):
         for layout, reverse in (("packed", False), ("lengths", True)):
-            case = Case(cell, False, layout, reverse, restored=reverse)
+            clip = (cell == "lstm" and "value") or (cell == "gru" and "norm")
+            case = Case(cell, False, layout, reverse, restored=reverse, clip=clip or None)
             Run(kernels, case, Number.FLOAT64).check()
 
     catch(mutant_of(file, name, cell, old, new), SOURCES, run)

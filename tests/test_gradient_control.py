@@ -7,40 +7,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import CELLS, NAMES, make_case, run
+from cases import CELLS, make_case, run
+from gradient_cases import CLIPS, control, reference_gradients
 from kinds import KINDS, make, random
 from torch.nn.utils.rnn import pack_padded_sequence
 from twins import assert_same, forget_warnings, gradients, state, tensors
 
 import rnn_ext
 from rnn_ext import FallbackWarning, composite, gradient_flow, reference
-from rnn_ext.control import Control
 
 COMPOSED = pytest.mark.filterwarnings("ignore::rnn_ext.FallbackWarning")
-CLIPS = (0.3, ("norm", 0.4))
 
 
 @pytest.fixture(autouse=True)
 def _each_warning_again():
     forget_warnings()
-
-
-def control(grad_clip, **options):
-    clip = grad_clip if isinstance(grad_clip, tuple) else ("value", grad_clip)
-    return Control(clip=clip, **options)
-
-
-def reference_gradients(case, grad_clip):
-    """By name."""
-    x, h0, c0, *weights = (None if t is None else t.numpy() for t in case.tensors)
-    sizes = None if case.batch_sizes is None else case.batch_sizes.numpy()
-    result = reference.forward(
-        case.cell, x, h0, c0, weights, batch_sizes=sizes, reverse=case.reverse
-    )
-    upstream = (None if d is None else d.numpy() for d in case.upstream)
-    found = reference.backward(result, *upstream, grad_clip=grad_clip)
-    by_name = {name: getattr(found, "x" if name == "input" else name) for name in NAMES}
-    return {n: torch.as_tensor(g) for n, g in by_name.items() if g is not None}
 
 
 def test_by_hand():

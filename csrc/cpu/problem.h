@@ -104,11 +104,6 @@ struct ForwardArgs {
   Plan plan;
 };
 
-// What happens to dL/dh_t, as it has arrived from the output at t and from later steps, before it
-// goes on to the cell: each of its values, or the norm of each sequence's row, is held within
-// `limit`.
-enum class Clip { kNone, kValue, kNorm };
-
 template <class value>
 struct BackwardArgs {
   using real = Real<value>;

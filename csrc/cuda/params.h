@@ -98,7 +98,10 @@ struct StepBackward {
   // S [count, D*H]: dL/d(net input), D = G in the order of the gates. GRU: D = 4, n of the hidden
   // side, then r, z, n of the input's side, so that either side is adjacent columns.
   void* delta;
-  void* dh;        // S [count, P]: dL/dh, projected LSTM, otherwise null
+  void* dh;   // S [count, P]: dL/dh, projected LSTM, otherwise null
+  Clip clip;  // of dL/dh
+  double limit;
+  void* norms;     // R [count]: of the rows of dL/dh before they are clipped; or null
   void* previous;  // S [count, P]: h', where reset the restored one; or null
 };
 
@@ -121,6 +124,8 @@ struct Stream {
 void step_forward(CellKind cell, Storage storage, int phase, const StepForward& p,
                   const Stream& stream);
 void step_project(Storage storage, const StepProject& p, const Stream& stream);
+// Writes p.norms, for phase 0 of step_backward where p.clip is kNorm, and for whoever asks for them.
+void step_norms(CellKind cell, Storage storage, const StepBackward& p, const Stream& stream);
 void step_backward(CellKind cell, Storage storage, int phase, const StepBackward& p,
                    const Stream& stream);
 void column_sums(Storage storage, const ColumnSums& p, const Stream& stream);

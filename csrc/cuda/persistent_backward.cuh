@@ -48,7 +48,8 @@ struct BackwardItem {
   }
 
   // carry: dL/dh but for d_h in, what flows to h' beside the product out. dc: dL/dc in, dL/dc' out.
-  RNN_EXT_DEVICE void compute(float& carry, float& dc) {
+  // The values of dL/dh are held within limit; what is no number stays so.
+  RNN_EXT_DEVICE void compute(float& carry, float& dc, float limit) {
     Kept<Cell::kGates> kept{};
     if constexpr (Cell::kKeepsNet) {
       RNN_EXT_UNROLL
@@ -63,7 +64,8 @@ struct BackwardItem {
       kept.c_prev = c_prev;
       dc += to_float(d_cells);
     }
-    Cell::backward(kept, carry + to_float(d_h), carry, dc, delta);
+    const float dh = carry + to_float(d_h);
+    Cell::backward(kept, dh > limit ? limit : dh < -limit ? -limit : dh, carry, dc, delta);
   }
 
   // What a reset keeps from the step before, as part of the gradients of the restored state.
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
           const int at = own.state_at(row);
           float carry = carry_state[at], dc = Cell::kHasCells ? dc_state[at] : 0;
           if (has_product) carry += sums.read(own.in_block, own.row_in_pass);
-          if (item.alive) item.compute(carry, dc);
+          if (item.alive) item.compute(carry, dc, p.limit);
           if (item.reset) item.end(d.restored_sums, hidden, first + row, own.in_layer, carry, dc);
           carry_state[at] = carry;
           if constexpr (Cell::kHasCells) dc_state[at] = dc;

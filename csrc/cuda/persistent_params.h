@@ -81,6 +81,7 @@ struct PersistentBackward {
   BackwardDirection direction[2];
   // plan.workspace_bytes on the device, 16-byte aligned; its content does not matter.
   void* workspace;
+  float limit;  // of the values of dL/dh_t on their way to the cell; infinite: none
 };
 
 // Each starts one kernel. `plan` must come from choose(), for the same shape and a persistent

@@ -52,10 +52,11 @@ double operations_rate(Numbers numbers) {  // of a matrix product, a microsecond
 }
 
 // Why no persistent kernel takes this layer, or null.
-const char* obstacle(const LayerShape& s, const DeviceLimits& d) {
+const char* obstacle(const LayerShape& s, Pass pass, const DeviceLimits& d) {
   if (s.numbers == Numbers::kDouble) return "tensor cores have no float64 fit for it";
   if (s.projected) return "a projected LSTM multiplies twice a step";
   if (s.cell == CellKind::kGruResetBefore) return "a reset-before GRU multiplies twice a step";
+  if (s.norms && pass == Pass::kBackward) return "the norm of dL/dh_t is a sum over all blocks";
   if (d.major < 8) return "this GPU is older than compute capability 8.0";
   if (d.registers_per_sm < kBlockRegisters) return "this GPU has too few registers";
   if (std::min({s.steps, s.batch, s.hidden}) < 1) return "there is nothing to compute";
@@ -182,7 +183,7 @@ std::string describe(const CudaPlan& plan, int directions) {
 
 CudaPlan choose(const LayerShape& shape, Pass pass, const DeviceLimits& limits, Path path) {
   if (path == Path::kStep) return step_wise(pass, shape.numbers, "asked for");
-  if (const char* why = obstacle(shape, limits)) return step_wise(pass, shape.numbers, why);
+  if (const char* why = obstacle(shape, pass, limits)) return step_wise(pass, shape.numbers, why);
   std::optional<Candidate> best;
   for (const int units : {kUnitTile, 2 * kUnitTile}) {
     for (const bool cluster : {true, false}) {

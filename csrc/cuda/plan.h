@@ -32,6 +32,7 @@ struct LayerShape {
   int64_t steps, batch, hidden;  // T, B, H
   int directions;                // 1 or 2, in one launch
   bool projected;                // LSTM with a projection
+  bool norms = false;            // of dL/dh_t are asked for in the backward pass
 };
 
 struct CudaPlan {

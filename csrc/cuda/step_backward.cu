@@ -15,6 +15,24 @@ RNN_EXT_DEVICE Real<S> from_later_steps(const StepBackward& p, bool continues, i
   return carries ? through_product + load<R>(p.carry, at) : through_product;
 }
 
+// dL/dh of a row that takes part, as it has arrived from the output and from later steps.
+template <class S, bool carries>
+RNN_EXT_DEVICE Real<S> arrived(const StepBackward& p, int64_t row, int64_t at) {
+  const bool continues = row < p.next.count && takes_part(p.next, row);
+  const Real<S> later = from_later_steps<S, carries>(p, continues, row, at);
+  return p.d_h ? later + load<S>(p.d_h, at) : later;
+}
+
+// Of one of its values. What is no number stays so.
+template <class R>
+RNN_EXT_DEVICE R clipped(const StepBackward& p, int64_t row, R dh) {
+  const R limit = static_cast<R>(p.limit);
+  if (p.clip == Clip::kValue) return dh > limit ? limit : dh < -limit ? -limit : dh;
+  if (p.clip == Clip::kNone) return dh;
+  const R norm = load<R>(p.norms, row);
+  return norm <= limit ? dh : dh * (limit / norm);
+}
+
 // One row and unit of a step, among `units` of hidden or output units.
 template <class S>
 struct Backward {
@@ -186,16 +204,16 @@ __global__ void __launch_bounds__(kTileThreads, 1) backward_kernel(const StepBac
   const bool exists = at.row < p.rows.count, existed = at.row < p.next.count;
   if (!(exists || existed) || at.unit >= units) return;
   const int64_t state = at.row * units + at.unit;
-  const bool continues = existed && takes_part(p.next, at.row);
-  R dh = from_later_steps<S, Cell::carries>(p, continues, at.row, state);
   if (exists && takes_part(p.rows, at.row)) {
     const Backward<S> place(p, at, units);
-    if (p.d_h) dh += load<S>(p.d_h, state);
     if (p.previous) store<S>(p.previous, state, place.previous_h());
-    Cell::template run<0>(place, dh);
+    Cell::template run<0>(place,
+                          clipped<R>(p, at.row, arrived<S, Cell::carries>(p, at.row, state)));
     return;
   }
-  if (continues) store<R>(p.carry, state, dh);  // the next step is the row's first: this is dL/dh0
+  // The next step is the row's first: this is dL/dh0.
+  if (existed && takes_part(p.next, at.row))
+    store<R>(p.carry, state, from_later_steps<S, Cell::carries>(p, true, at.row, state));
   if (!exists) return;
   if (p.previous) store<S>(p.previous, state, 0);
   if (p.dh) store<S>(p.dh, state, 0);
@@ -215,6 +233,29 @@ __global__ void __launch_bounds__(kTileThreads, 1) second_backward_kernel(const 
     leave_out<S, Cell::deltas>(p, at.row, at.unit);
 }
 
+constexpr int kNormThreads = 128;
+
+// Reads what arrives at the rows of a step, writes their norms. A block sums the squares of a row,
+// a thread those of every kNormThreads-th unit.
+template <class S, bool carries>
+__global__ void __launch_bounds__(kNormThreads) norms_kernel(const StepBackward p) {
+  double* sums = reinterpret_cast<double*>(shared_memory());  // [kNormThreads]
+  const int64_t row = blockIdx.x;
+  const bool active = takes_part(p.rows, row);
+  double sum = 0;
+  for (int64_t unit = threadIdx.x; active && unit < p.output; unit += kNormThreads) {
+    const double dh = arrived<S, carries>(p, row, row * p.output + unit);
+    sum += dh * dh;
+  }
+  for (unsigned half = kNormThreads / 2; half > 0; half /= 2) {
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x < half) sum += sums[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) store<Real<S>>(p.norms, row, static_cast<Real<S>>(sqrt(sum)));
+}
+
 template <class S, class Cell>
 void start(const StepBackward& p, const Stream& stream) {
   const int64_t rows = p.rows.count > p.next.count ? p.rows.count : p.next.count;
@@ -230,6 +271,15 @@ void start_second(const StepBackward& p, const Stream& stream) {
 }
 
 }  // namespace
+
+void step_norms(CellKind cell, Storage storage, const StepBackward& p, const Stream& stream) {
+  const bool carries = cell == CellKind::kGru || cell == CellKind::kGruResetBefore;
+  with_storage(storage, [&](auto zero) {
+    using S = decltype(zero);
+    launch_blocks("step_norms", carries ? norms_kernel<S, true> : norms_kernel<S, false>,
+                  p.rows.count, kNormThreads, kNormThreads * sizeof(double), stream, p);
+  });
+}
 
 void step_backward(CellKind cell, Storage storage, int phase, const StepBackward& p,
                    const Stream& stream) {

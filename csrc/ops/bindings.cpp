@@ -7,7 +7,6 @@
 #include "../cpu/scratch.h"
 #include "../cpu/team.h"
 #include "../cuda/device_limits.h"
-#include "cpu_layer.h"
 #include "cuda_layer.h"
 #include "cuda_numbers.h"
 #include "normalized_bindings.h"
@@ -85,8 +84,6 @@ LayerInputs layer_inputs(const std::string& cell, const InputTensors& t,
                          const OptionalTensor& resets) {
   LayerInputs in{cell, t[0].value(), t[1].value(), t[2],    t[3].value(), t[4].value(), t[5],
                  t[6], t[7],         batch_sizes,  reverse, resets,       true};
-  for (const OptionalTensor& tensor : t)
-    TORCH_CHECK(!tensor || tensor->is_cpu(), "rnn_ext: this pass is for tensors on the CPU");
   return in;
 }
 
@@ -102,25 +99,22 @@ Tensor parted(const std::string& cell, const InputTensors& tensors,
 py::tuple partial_forward(const std::string& cell, const InputTensors& tensors,
                           const OptionalTensor& batch_sizes, bool reverse,
                           const OptionalTensor& resets, bool keep_gates,
-                          std::array<long, 2> planned) {
+                          std::array<long, 2> planned, const std::string& backend) {
   const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets);
   PassOptions options;
   options.keep_gates = keep_gates;
   options.planned_steps = planned[0], options.planned_batch = planned[1];
-  auto out =
-      without_gil([&] { return cpu_layer_forward(check_call(in), {&in, 1}, true, options); });
+  auto out = without_gil([&] { return layer_forward({&in, 1}, true, path_of(backend), options); });
   return results(out[0], true);
 }
 
 // As `backward`; `sums` and `dh_norms` as in PassOptions; `clip` is "value", "norm" or "".
-InputGradients partial_backward(const std::string& cell, const InputTensors& tensors,
-                                const OptionalTensor& batch_sizes, bool reverse,
-                                const OptionalTensor& resets,
-                                const std::array<OptionalTensor, 4>& kept, const std::string& isa,
-                                const std::array<OptionalTensor, 4>& upstream, const Wanted& wanted,
-                                std::array<long, 2> planned,
-                                const std::vector<OptionalTensor>& sums, const std::string& clip,
-                                double limit, const OptionalTensor& dh_norms) {
+InputGradients partial_backward(
+    const std::string& cell, const InputTensors& tensors, const OptionalTensor& batch_sizes,
+    bool reverse, const OptionalTensor& resets, const std::array<OptionalTensor, 4>& kept,
+    const std::string& isa, const std::array<OptionalTensor, 4>& upstream, const Wanted& wanted,
+    std::array<long, 2> planned, const std::vector<OptionalTensor>& sums, const std::string& clip,
+    double limit, const OptionalTensor& dh_norms, const std::string& backend) {
   const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets);
   const Saved saved{kept[0].value(), kept[1], kept[2], kept[3], isa};
   const LayerGradients d{upstream[0], upstream[1], upstream[2], upstream[3]};
@@ -146,7 +140,8 @@ InputGradients partial_backward(const std::string& cell, const InputTensors& ten
     options.dh_norms = *dh_norms;
   }
   return without_gil([&] {
-    return cpu_layer_backward(call, {&in, 1}, {&saved, 1}, {&d, 1}, {&wanted, 1}, options);
+    return layer_backward({&in, 1}, {&saved, 1}, {&d, 1}, {&wanted, 1}, path_of(backend), 1,
+                          options);
   })[0];
 }
 
@@ -302,10 +297,10 @@ py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps,
 
 // Which kernel runs each pass on a GPU with these limits, and why: (forward, backward).
 py::tuple plan_cuda(const std::string& cell, at::ScalarType dtype, long steps, long batch,
-                    long hidden, int directions, bool projected, const std::string& backend,
-                    const cuda::DeviceLimits& limits) {
-  const cuda::LayerShape shape{cell_kind(cell), numbers_of(dtype), steps,    batch,
-                               hidden,          directions,        projected};
+                    long hidden, int directions, bool projected, bool norms,
+                    const std::string& backend, const cuda::DeviceLimits& limits) {
+  const cuda::LayerShape shape{cell_kind(cell), numbers_of(dtype), steps,     batch,
+                               hidden,          directions,        projected, norms};
   const auto pass = [&](cuda::Pass which) {
     const cuda::CudaPlan plan = cuda::choose(shape, which, limits, path_of(backend));
     return py::make_tuple(plan.kernel(), plan.reason);

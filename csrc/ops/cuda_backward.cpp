@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <deque>
+#include <limits>
 
 #include "cuda_persistent.h"
 #include "cuda_step.h"
@@ -14,11 +15,12 @@ namespace {
 
 using at::Tensor;
 
-// The matrix gradients, once delta of every step is there.
+// The matrix gradients, once delta of every step is there; `wide`: not rounded to what is stored.
 class ParameterGradients {
  public:
-  ParameterGradients(const StepLayer& layer, const Tensor& delta, const cuda::Stream& stream)
-      : l_(layer), delta_(delta), stream_(stream) {}
+  ParameterGradients(const StepLayer& layer, const Tensor& delta, bool wide,
+                     const cuda::Stream& stream)
+      : l_(layer), delta_(delta), wide_(wide), stream_(stream) {}
 
   // Of the gates in delta's order: what belongs to W, and to U (of reset-before GRU, to U_rz).
   Tensor input_side() const { return l_.gru ? delta_.narrow(1, l_.hidden, 3 * l_.hidden) : delta_; }
@@ -43,12 +45,17 @@ class ParameterGradients {
   }
   // delta^T x, for each group of sequences where there are several.
   Tensor over_rows(const Tensor& delta, const Tensor& x) const {
-    if (l_.call.groups == 1) return at::mm(delta.t(), x);
+    if (l_.call.groups == 1) {
+      const Tensor sums = at::empty({delta.size(1), x.size(1)}, wide_ ? l_.wide : l_.stored);
+      multiply(sums, delta.t(), x);
+      return sums;
+    }
     return at::bmm(by_group(delta).transpose(1, 2), by_group(x));
   }
   Tensor bias_sums() const {
     if (l_.call.groups > 1)
       return at::sum(by_group(delta_), 1, false, l_.call.compute).to(l_.call.dtype);
+    if (wide_) return at::sum(delta_, 0, false, l_.call.compute);
     const long rows = delta_.size(0), columns = delta_.size(1);
     const Tensor sums = at::empty({columns}, l_.stored);
     const Tensor scratch = at::empty({cuda::column_sums_scratch(rows), columns}, l_.wide);
@@ -76,6 +83,7 @@ class ParameterGradients {
 
   const StepLayer& l_;
   const Tensor delta_;
+  const bool wide_;
   const cuda::Stream& stream_;
 };
 
@@ -93,11 +101,12 @@ class BackwardPass {
  public:
   BackwardPass(const Call& call, const LayerInputs& in, const RowPredicates& predicates,
                const Saved& saved, const LayerGradients& d, const Wanted& wanted,
-               const cuda::Stream& stream)
+               const PassOptions& options, const cuda::Stream& stream)
       : call_(call),
         in_(in),
         saved_(saved),
         wanted_(wanted),
+        options_(options),
         stream_(stream),
         l_(call, in, predicates),
         delta_(at::empty({call.rows, (l_.gru ? 4 : call.gates) * l_.hidden}, l_.stored)),
@@ -106,7 +115,7 @@ class BackwardPass {
         d_output_(contiguous(d.d_output)),
         d_cells_(contiguous(d.d_cells)),
         restored_(l_.restored()),
-        products_(l_, delta_, stream) {
+        products_(l_, delta_, !options.sums.empty(), stream) {
     if (l_.lstm) {
       c0_ = in.c0->to(call.compute).contiguous();
       dc_ = state_gradient(d.d_c_n, {call.batch, l_.hidden}, l_.wide);
@@ -117,6 +126,10 @@ class BackwardPass {
       sums_.h = at::zeros({call.batch, l_.output}, l_.wide);
     }
     if (call.restores && wanted[2]) sums_.c = at::zeros({call.batch, l_.hidden}, l_.wide);
+    if (options.dh_norms.defined())
+      norms_ = options.dh_norms.view({call.rows, 1});
+    else if (options.needs_norms())
+      norms_ = at::empty({call.batch, 1}, l_.wide);
     if (wanted[4]) previous_ = at::empty({call.rows, l_.output}, l_.stored);
   }
 
@@ -150,12 +163,15 @@ class BackwardPass {
     p.c0 = RowPointer(c0_)[0];
     p.restored = {RowPointer(restored_.h)[0], RowPointer(restored_.c)[0]};
     p.restored_sums = {RowPointer(sums_.delta)[0], RowPointer(sums_.h)[0], RowPointer(sums_.c)[0]};
+    p.clip = options_.clip;
+    p.limit = options_.limit;
     p.carry = carry_.mutable_data_ptr();
     p.dc = RowPointer(dc_)[0];
     const RowPointer gate_rows(saved_.gates), middle_rows(saved_.middle), state_rows(saved_.states),
         cell_rows(saved_.cells);
     const RowPointer d_output_rows(d_output_), d_cells_rows(d_cells_), delta_rows(delta_),
-        dh_rows(dh_), previous_rows(previous_);
+        dh_rows(dh_), previous_rows(previous_), norm_rows(norms_);
+    const bool all_norms = options_.dh_norms.defined();
     for (long i = l_.time.count - 1; call_.rows && i >= 0; i--) {
       const long t = l_.time.at(i), at = l_.time.begin(t), rows = l_.time.rows(t),
                  before = l_.time.previous(t);
@@ -175,6 +191,8 @@ class BackwardPass {
       p.delta = delta_rows[at];
       p.dh = dh_rows[at];
       p.previous = previous_rows[at];
+      p.norms = norm_rows[all_norms ? at : 0];
+      if (p.norms) cuda::step_norms(call_.kind, l_.storage, p, stream_);
       cuda::step_backward(call_.kind, l_.storage, 0, p, stream_);
       if (second_weights.defined()) {
         multiply(first_rows(second_product, rows), second_operand.narrow(0, at, rows),
@@ -206,19 +224,24 @@ class BackwardPass {
       if (wanted_[6]) out[6] = products_.b_hh(sums);
     }
     if (wanted_[7] && l_.projected) out[7] = products_.over_rows(*dh_, *saved_.middle);
+    for (size_t i = 0; i < options_.sums.size(); i++)
+      if (OptionalTensor& gradient = out[kFirstWeight + i])
+        gradient = options_.sums[i]->add_(*gradient);
     return out;
   }
 
  private:
   // The gradient of h0 or c0: below that of the initial states there is that of the restored ones.
   Tensor of_states(const Tensor& initial, const OptionalTensor& restored) const {
-    return (restored ? at::cat({initial, *restored}) : initial).to(call_.dtype);
+    const Tensor all = restored ? at::cat({initial, *restored}) : initial;
+    return options_.sums.empty() ? all.to(call_.dtype) : all;
   }
 
   const Call& call_;
   const LayerInputs& in_;
   const Saved& saved_;
   const Wanted& wanted_;
+  const PassOptions& options_;
   const cuda::Stream& stream_;
   const StepLayer l_;
   const Tensor delta_, carry_, h0_;
@@ -226,28 +249,30 @@ class BackwardPass {
   const Restored restored_;
   RestoredSums sums_;
   const ParameterGradients products_;
-  OptionalTensor c0_, dc_, dh_, previous_;
+  OptionalTensor c0_, dc_, dh_, previous_, norms_;
 };
 
 }  // namespace
 
-std::vector<InputGradients> cuda_layer_backward(const Call& call,
-                                                std::span<const LayerInputs> directions,
-                                                const RowPredicates& predicates,
-                                                std::span<const Saved> saved,
-                                                std::span<const LayerGradients> d,
-                                                std::span<const Wanted> wanted, cuda::Path path) {
+std::vector<InputGradients> cuda_layer_backward(
+    const Call& call, std::span<const LayerInputs> directions, const RowPredicates& predicates,
+    std::span<const Saved> saved, std::span<const LayerGradients> d, std::span<const Wanted> wanted,
+    cuda::Path path, const PassOptions& options) {
   for (const Saved& s : saved)
     TORCH_CHECK(s.isa == kCuda, "rnn_ext: what '", s.isa, "' saved is not for the CUDA kernels");
   const DeviceScope scope(directions[0].input);
-  const cuda::CudaPlan plan = cuda_plan(call, directions, cuda::Pass::kBackward, path);
+  const cuda::CudaPlan plan =
+      cuda_plan(call, directions, cuda::Pass::kBackward, path, options.needs_norms());
   std::deque<BackwardPass> passes;  // which refer to themselves
   for (size_t i = 0; i < directions.size(); i++)
-    passes.emplace_back(call, directions[i], predicates, saved[i], d[i], wanted[i], scope.stream());
+    passes.emplace_back(call, directions[i], predicates, saved[i], d[i], wanted[i], options,
+                        scope.stream());
   if (plan.persistent && call.rows) {
     std::vector<BackwardLoop> loops;
     for (const BackwardPass& pass : passes) loops.push_back(pass.persistent_loop());
-    run_persistent(plan, call, predicates, loops, scope.stream());
+    const float limit = options.clip == Clip::kValue ? static_cast<float>(options.limit)
+                                                     : std::numeric_limits<float>::infinity();
+    run_persistent(plan, call, predicates, loops, limit, scope.stream());
   } else {
     for (BackwardPass& pass : passes) pass.run_steps();
   }

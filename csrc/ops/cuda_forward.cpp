@@ -38,9 +38,15 @@ Span span_from(const Steps& time, long i, long most_rows) {
 // One direction: what it allocates, then either the tensors of a persistent kernel or the loop.
 class ForwardPass {
  public:
-  ForwardPass(const Call& call, const LayerInputs& in, const RowPredicates& predicates, bool save,
-              bool persistent)
-      : call_(call), in_(in), l_(call, in, predicates), save_(save), restored_(l_.restored()) {
+  // Saving, everything that backward reads, or the states alone.
+  ForwardPass(const Call& call, const LayerInputs& in, const RowPredicates& predicates,
+              bool keep_states, bool save, bool persistent)
+      : call_(call),
+        in_(in),
+        l_(call, in, predicates),
+        keep_states_(keep_states),
+        save_(save),
+        restored_(l_.restored()) {
     const long width = call.gates * l_.hidden, batch = call.batch;
     const long row_bytes = std::max<long>(1, width * c10::elementSize(call.dtype));
     most_rows_ = persistent || save || l_.elman ? std::numeric_limits<long>::max()
@@ -50,7 +56,7 @@ class ForwardPass {
     // An Elman cell's net input lies where its output will.
     gates_ = l_.elman ? states_ : at::empty({std::min(call.rows, most_rows_), width}, l_.stored);
     if (l_.lstm) c_state_ = fresh(first_rows(*in.c0, batch), l_.wide);
-    if (l_.lstm && save) out_.saved.cells = at::empty(call.laid_out(l_.hidden), l_.wide);
+    if (l_.lstm && keep_states) out_.saved.cells = at::empty(call.laid_out(l_.hidden), l_.wide);
     if (l_.reset_before || l_.projected || (l_.gru && save))
       middle_ = at::empty({save ? call.rows : batch, l_.hidden}, l_.stored);
     const Tensor h0 = first_rows(in.h0, batch);
@@ -133,11 +139,13 @@ class ForwardPass {
   LayerOutputs outputs() {
     out_.h_n = h_state_;
     if (l_.lstm) out_.c_n = c_state_->to(call_.dtype);
-    if (save_) {
+    if (keep_states_) {
       out_.saved.states = out_.output;
+      out_.saved.isa = kCuda;
+    }
+    if (save_) {
       if (!l_.elman) out_.saved.gates = gates_;
       out_.saved.middle = middle_;
-      out_.saved.isa = kCuda;
     }
     return std::move(out_);
   }
@@ -146,7 +154,7 @@ class ForwardPass {
   const Call& call_;
   const LayerInputs& in_;
   const StepLayer l_;
-  const bool save_;
+  const bool keep_states_, save_;
   const Restored restored_;
   long most_rows_;
   LayerOutputs out_;
@@ -159,14 +167,14 @@ class ForwardPass {
 std::vector<LayerOutputs> cuda_layer_forward(const Call& call,
                                              std::span<const LayerInputs> directions,
                                              const RowPredicates& predicates, bool save,
-                                             cuda::Path path) {
+                                             cuda::Path path, const PassOptions& options) {
   const DeviceScope scope(directions[0].input);
   const cuda::CudaPlan plan = cuda_plan(call, directions, cuda::Pass::kForward, path);
   const bool persistent = plan.persistent && call.rows;
   std::vector<ForwardPass> passes;
   passes.reserve(directions.size());
   for (const LayerInputs& in : directions)
-    passes.emplace_back(call, in, predicates, save, persistent);
+    passes.emplace_back(call, in, predicates, save, save && options.keep_gates, persistent);
   if (persistent) {
     std::vector<ForwardLoop> loops;
     for (ForwardPass& pass : passes) loops.push_back(pass.persistent_loop());

@@ -49,12 +49,10 @@ constexpr const char* kCuda = "cuda";
 std::vector<LayerOutputs> cuda_layer_forward(const Call& call,
                                              std::span<const LayerInputs> directions,
                                              const RowPredicates& predicates, bool save,
-                                             cuda::Path path);
-std::vector<InputGradients> cuda_layer_backward(const Call& call,
-                                                std::span<const LayerInputs> directions,
-                                                const RowPredicates& predicates,
-                                                std::span<const Saved> saved,
-                                                std::span<const LayerGradients> d,
-                                                std::span<const Wanted> wanted, cuda::Path path);
+                                             cuda::Path path, const PassOptions& options = {});
+std::vector<InputGradients> cuda_layer_backward(
+    const Call& call, std::span<const LayerInputs> directions, const RowPredicates& predicates,
+    std::span<const Saved> saved, std::span<const LayerGradients> d, std::span<const Wanted> wanted,
+    cuda::Path path, const PassOptions& options = {});
 
 }  // namespace rnn_ext

@@ -72,12 +72,12 @@ Tensor workspace_of(const cuda::CudaPlan& plan, const LayerInputs& in) {
 }  // namespace
 
 cuda::CudaPlan cuda_plan(const Call& call, std::span<const LayerInputs> directions, cuda::Pass pass,
-                         cuda::Path path) {
+                         cuda::Path path, bool norms) {
   const LayerInputs& in = directions[0];
-  const cuda::LayerShape shape{call.kind,          numbers_of(call.dtype),
-                               call.steps,         call.batch,
-                               call.sizes.hidden,  static_cast<int>(directions.size()),
-                               in.w_hr.has_value()};
+  const cuda::LayerShape shape{call.kind,           numbers_of(call.dtype),
+                               call.steps,          call.batch,
+                               call.sizes.hidden,   static_cast<int>(directions.size()),
+                               in.w_hr.has_value(), norms};
   const c10::Device device = in.input.device();
   const cuda::CudaPlan plan =
       cuda::choose(shape, pass, limits_of(device.is_cpu() ? 0 : device.index()), path);
@@ -125,13 +125,15 @@ void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredi
 }
 
 void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredicates& predicates,
-                    const std::vector<BackwardLoop>& loops, const cuda::Stream& stream) {
+                    const std::vector<BackwardLoop>& loops, float limit,
+                    const cuda::Stream& stream) {
   const LayerInputs& in = *loops[0].in;
   const long hidden = call.sizes.hidden;
   const DeviceSequences sequences(call, in.input.device(), predicates, loops.size());
   const Tensor workspace = workspace_of(plan, in);
   std::vector<Tensor> held;
   cuda::PersistentBackward p{};
+  p.limit = limit;
   p.sequences = sequences.args();
   p.workspace = data(workspace);
   for (size_t i = 0; i < loops.size(); i++) {

@@ -12,7 +12,7 @@ namespace rnn_ext {
 // may. Where path insists on a persistent kernel and there is none, forward raises and backward
 // runs step by step.
 cuda::CudaPlan cuda_plan(const Call& call, std::span<const LayerInputs> directions, cuda::Pass pass,
-                         cuda::Path path);
+                         cuda::Path path, bool norms = false);
 
 // What forward reads and writes beside the inputs. S is the dtype of the call.
 struct ForwardLoop {
@@ -44,10 +44,11 @@ struct BackwardLoop {
 };
 
 // Each puts one kernel on the stream, for one direction or both. The plan is that of the pass, and
-// persistent.
+// persistent. Backward holds the values of dL/dh_t within `limit`.
 void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredicates& predicates,
                     const std::vector<ForwardLoop>& loops, const cuda::Stream& stream);
 void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredicates& predicates,
-                    const std::vector<BackwardLoop>& loops, const cuda::Stream& stream);
+                    const std::vector<BackwardLoop>& loops, float limit,
+                    const cuda::Stream& stream);
 
 }  // namespace rnn_ext

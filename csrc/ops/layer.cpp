@@ -26,10 +26,10 @@ void check_tensor(const char* name, const OptionalTensor& t, const Tensor& like,
   if (t) check_tensor(name, *t, like, shape);
 }
 
-// A state that one part of a sequence hands to the next on the CPU may be wider than the input.
+// A state that one part of a sequence hands to the next may be wider than the input: on CUDA c is.
 void check_state(const char* name, const Tensor& t, const Call& call, const Tensor& like,
-                 at::IntArrayRef shape) {
-  const bool wide = like.is_cpu() && t.scalar_type() == call.compute;
+                 at::IntArrayRef shape, bool may_be_wide) {
+  const bool wide = may_be_wide && t.scalar_type() == call.compute && t.device() == like.device();
   check_tensor(name, t, wide ? t : like, shape);
 }
 
@@ -107,8 +107,8 @@ Call check_call(const LayerInputs& in) {
     call.restores = call.batch && in.h0.dim() == 2 && in.h0.size(0) == 2 * call.batch;
   }
   const long states = call.restores ? 2 * call.batch : call.batch;
-  check_state("h0", in.h0, call, in.input, {states, s.output});
-  if (lstm) check_state("c0", *in.c0, call, in.input, {states, hidden});
+  check_state("h0", in.h0, call, in.input, {states, s.output}, in.input.is_cpu());
+  if (lstm) check_state("c0", *in.c0, call, in.input, {states, hidden}, true);
   check_tensor("w_ih", in.w_ih, in.input, {all, s.input});
   check_tensor("w_hh", in.w_hh, in.input, {all, s.output});
   check_tensor("b_ih", in.b_ih, in.input, {all});
@@ -195,21 +195,23 @@ int cell_gates(CellKind kind) {
 }
 
 std::vector<LayerOutputs> layer_forward(std::span<const LayerInputs> directions, bool save,
-                                        [[maybe_unused]] cuda::Path path) {
+                                        [[maybe_unused]] cuda::Path path,
+                                        const PassOptions& options) {
   const Call call = check_call(directions);
   if constexpr (kHasCudaKernels)
     if (on_cuda(directions[0].input))
       return on_cuda_each(call, directions, [&](auto some, const auto& predicates, size_t) {
-        return cuda_layer_forward(call, some, predicates, save, path);
+        return cuda_layer_forward(call, some, predicates, save, path, options);
       });
-  return cpu_layer_forward(call, directions, save);
+  return cpu_layer_forward(call, directions, save, options);
 }
 
 std::vector<InputGradients> layer_backward(std::span<const LayerInputs> directions,
                                            std::span<const Saved> saved,
                                            std::span<const LayerGradients> d,
                                            std::span<const Wanted> wanted,
-                                           [[maybe_unused]] cuda::Path path, long groups) {
+                                           [[maybe_unused]] cuda::Path path, long groups,
+                                           const PassOptions& options) {
   Call call = check_call(directions);
   call.set_groups(groups);
   if constexpr (kHasCudaKernels)
@@ -217,9 +219,9 @@ std::vector<InputGradients> layer_backward(std::span<const LayerInputs> directio
       return on_cuda_each(call, directions, [&](auto some, const auto& predicates, size_t i) {
         const size_t count = some.size();
         return cuda_layer_backward(call, some, predicates, saved.subspan(i, count),
-                                   d.subspan(i, count), wanted.subspan(i, count), path);
+                                   d.subspan(i, count), wanted.subspan(i, count), path, options);
       });
-  return cpu_layer_backward(call, directions, saved, d, wanted);
+  return cpu_layer_backward(call, directions, saved, d, wanted, options);
 }
 
 }  // namespace rnn_ext

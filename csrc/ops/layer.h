@@ -50,6 +50,22 @@ struct LayerGradients {
   OptionalTensor d_output, d_h_n, d_c_n, d_cells;
 };
 
+// How a pass over a part of a sequence, or one whose gradients are held within limits, differs from
+// the plain one.
+struct PassOptions {
+  bool keep_gates = true;  // forward that saves: gates and middle, too, not the states alone
+  long planned_steps = 0,
+       planned_batch = 0;   // of the whole call, whose plan this pass is to follow on the CPU
+  Clip clip = Clip::kNone;  // of dL/dh_t
+  double limit = 0;
+  at::Tensor dh_norms;  // [N] as wide as what is computed with: receives the norms of dL/dh_t
+  // For w_ih, w_hh, b_ih, b_hh, w_hr: what their gradients are added to, in place, as wide as what
+  // is computed with. All gradients are then returned unrounded.
+  std::vector<OptionalTensor> sums;
+
+  bool needs_norms() const { return clip == Clip::kNorm || dh_norms.defined(); }
+};
+
 constexpr int kLayerInputs = 8;  // input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr
 constexpr int kFirstWeight = 3;
 
@@ -60,12 +76,12 @@ using Wanted = std::array<bool, kLayerInputs>;
 // is for CUDA tensors. With several groups of sequences, of which sequence b belongs to group
 // b % groups, the gradients of weights and biases have a leading dimension: one for each group.
 std::vector<LayerOutputs> layer_forward(std::span<const LayerInputs> directions, bool save,
-                                        cuda::Path path);
+                                        cuda::Path path, const PassOptions& options = {});
 std::vector<InputGradients> layer_backward(std::span<const LayerInputs> directions,
                                            std::span<const Saved> saved,
                                            std::span<const LayerGradients> d,
                                            std::span<const Wanted> wanted, cuda::Path path,
-                                           long groups = 1);
+                                           long groups = 1, const PassOptions& options = {});
 
 CellKind cell_kind(const std::string& name);
 int cell_gates(CellKind kind);

@@ -121,6 +121,39 @@ def test_resets(backend, name, restored):
     close(mine[1], expected[1])
 
 
+CONTROLS = {
+    "value": {"grad_clip": 0.05},
+    "norm": {"grad_clip": ("norm", 0.1)},
+    "checkpoints": {"checkpoint_every": 4},
+    "states": {"save": "states"},
+}
+
+
+@pytest.mark.parametrize("options", CONTROLS.values(), ids=CONTROLS)
+@each_layer
+@each_backend
+def test_controlled_training(backend, name, options):
+    skip_uncovered(backend, name)
+    ours = getattr(rnn_ext, name)(6, 40, 2, bidirectional=True, device=DEVICE, **options)
+    x = torch.randn(9, 7, 6, device=DEVICE, requires_grad=True)
+    mine, expected = both_ways(backend, ours, x, states(ours, 7))
+    close(mine[0], expected[0])
+    close(mine[1], expected[1])
+
+
+@each_layer
+@each_backend
+def test_gradient_flow(backend, name):
+    skip_uncovered(backend, name)
+    ours, _ = pair(name, 6, 150, num_layers=2, bidirectional=True)
+    x, upstream = torch.randn(9, 7, 6, device=DEVICE), torch.randn(9, 7, 300, device=DEVICE)
+    found = []
+    for way in (backend, "reference"):
+        with rnn_ext.use_backend(way):
+            found.append(rnn_ext.gradient_flow(ours, x, upstream=upstream).per_sample)
+    close(*found)
+
+
 each_half = pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"]
 )

@@ -21,6 +21,12 @@ int run_step_backward(int cell, int storage, int phase, const cuda::StepBackward
                         {0, nullptr});
   });
 }
+int run_step_norms(int cell, int storage, const cuda::StepBackward* p) {
+  return cuda_on_cpu::entry([&] {
+    cuda::step_norms(static_cast<CellKind>(cell), static_cast<cuda::Storage>(storage), *p,
+                     {0, nullptr});
+  });
+}
 int run_column_sums(int storage, const cuda::ColumnSums* p) {
   return cuda_on_cpu::entry(
       [&] { cuda::column_sums(static_cast<cuda::Storage>(storage), *p, {0, nullptr}); });
