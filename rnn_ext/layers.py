@@ -22,8 +22,8 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
 
     Keyword arguments that RNN, LSTM and GRU have in common beside torch.nn's. ``residual``, the
     dropouts and ``zoneout`` are attributes that may be changed later. The last three control
-    training; outputs and states stay the same to the last bit. They have effect where gradients are
-    recorded, on the CPU, in every layer and direction. torch.compile leaves a layer that trains
+    training; outputs and states stay the same, on the CPU to the last bit. They have effect where
+    gradients are recorded, in every layer and direction. torch.compile leaves a layer that trains
     with them out of its graph, and refuses it with fullgraph=True; exported programs have none.
 
     Args:
@@ -50,19 +50,19 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
             gain, and of the LSTM the cell that the output sees, with gain and bias (Ba et al. 2016,
             arXiv:1607.06450): parameters ``weight_layer_norm_ih_l0``, ``..._hh_l0``,
             ``..._cell_l0`` and ``bias_layer_norm_cell_l0``. Of the GRU, r and z are normalised
-            together and n alone. For life; no ``proj_size``. Kernels are the CPU's; elsewhere, and
-            beside ``zoneout`` and what controls training, layers are composed of torch operations,
+            together and n alone. For life; no ``proj_size``. On CUDA the kernels are step-wise.
+            Beside ``zoneout`` and what controls training, layers are composed of torch operations,
             with a `FallbackWarning`.
         learn_initial_state: the state where ``hx`` is None is a parameter, ``initial_h_l0`` (and
             ``initial_c_l0`` of the LSTM) of each layer and direction, zero at initialization. It
             is where sequences begin; where ``resets`` begin an episode, ``initial_state`` is.
         checkpoint_every: None or k >= 1: keep the states before every k-th step alone and run each
             k steps forward again in the backward pass. Memory grows with T / k + k instead of T,
-            beside input and output; the time by that of a forward pass. Gradients are those of the
-            plain layer to the last bit if k * B is a multiple of 256 (of 512 in bfloat16); k is
-            rounded up to that where it then is at most 2 k. Otherwise, and for packed input, sums
-            over time are taken in another order, which changes the last digits of the parameters'
-            gradients (of packed input in reverse, of all).
+            beside input and output; the time by that of a forward pass. On the CPU gradients are
+            those of the plain layer to the last bit if k * B is a multiple of 256 (of 512 in
+            bfloat16); k is rounded up to that where it then is at most 2 k. Otherwise, for packed
+            input and on CUDA, sums over time are taken in another order, which changes the last
+            digits of the parameters' gradients (of packed input in reverse, of all).
         save: "all", or "states": keep h and c of every step, not the gates, and compute those again
             in the backward pass, of all steps at once: the last digits of gradients may change.
             Excludes ``checkpoint_every``.

@@ -1,8 +1,8 @@
 """The fused layer with layer normalisation or peepholes: `layer`, as ``ops.layer`` for plain ones.
 
-The kernels are the CPU's: on other devices, under torch.func, forward-mode derivatives and the
-backend "reference", and for gradients of gradients, ``composite`` serves, with a `FallbackWarning`
-where nobody asked for it.
+The kernels are of the CPU and, step by step, of CUDA: under torch.func, forward-mode derivatives
+and the backend "reference", and for gradients of gradients, ``composite`` serves, with a
+`FallbackWarning` where nobody asked for it.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, composite, transforms
+from . import _C, composite, library, transforms
 from .backend import current, warn_once
 from .control import Control
 
@@ -22,8 +22,10 @@ _INPUTS, _SHOWN = 13, 4  # tensors that a layer takes, and gives
 
 def uncovered(x: Tensor, control: Control | None = None) -> str | None:
     """Why no kernel takes this input, or what ``control`` asks of training (a phrase), or None."""
-    if not x.is_cpu:
-        return "layer_norm and peephole have kernels for the CPU alone"
+    if not (x.is_cpu or x.is_cuda):
+        return f"layer_norm and peephole have no kernel for {x.device}"
+    if current() == "cuda-persistent":
+        return "layer_norm and peephole have step-wise kernels alone"
     if control is not None:
         return "no kernel controls the training of layer_norm and peephole"
     return None
@@ -158,14 +160,28 @@ def _shown_fake(cell, input, tensors, batch_sizes, resets, return_cells):
     return results
 
 
+def _record_width(cell, hidden, normalized, compute, on_cuda):
+    """Numbers that the kernels save of a row of the steps beside its states."""
+    if not on_cuda:
+        return _C.record_width(cell, hidden, normalized, compute.itemsize)
+    # Activations and, where gates are normalised, what W x and U h became, and the scales of each
+    # group; of the LSTM's cell, mean and scale (csrc/ops/cuda_normalized.cpp).
+    gates = {"lstm": 4, "gru": 3, "gru_reset_before": 3}.get(cell, 1)
+    width = gates * hidden if gates > 1 else 0
+    if normalized:
+        width += 2 * gates * hidden + 2 * (2 if gates == 3 else 1) + 2 * (cell == "lstm")
+    return width
+
+
 def _forward_fake(cell, input, tensors, batch_sizes, reverse, resets=None):
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     narrow, lstm = compute != input.dtype, cell == "lstm"
+    on_cuda = library._on_cuda(input)
     shown = _shown_fake(cell, input, tensors, batch_sizes, resets, True)
     shown += [input.new_empty(0) for _ in range(_SHOWN - len(shown))]
-    widened = narrow and not _C.cpu_multiplies_bfloat16()
+    widened = narrow and not on_cuda and not _C.cpu_multiplies_bfloat16()
     rows = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
-    width = _C.record_width(cell, tensors[0].shape[1], tensors[7] is not None, compute.itemsize)
+    width = _record_width(cell, tensors[0].shape[1], tensors[7] is not None, compute, on_cuda)
     return [
         *shown,
         shown[0].new_empty(shown[0].shape, dtype=compute) if widened else input.new_empty(0),

@@ -118,6 +118,9 @@ def _choose(module, x, steps, batch, directions, weights, obstacle):
     backend = current()
     if backend == "reference":
         return {"kernel": "reference", "reason": "use_backend('reference') is active", **elsewhere}
+    if obstacle is None and x.is_cuda and getattr(module, "_whole_rows", False):
+        reason = "step-wise: a row is normalised as a whole"
+        return {"kernel": "cuda-step", "reason": reason, **elsewhere}
     if obstacle is None and x.is_cuda:
         return {
             **_choose_on_cuda(module, x, steps, batch, directions, weights, backend),

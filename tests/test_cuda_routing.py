@@ -42,8 +42,8 @@ class OnCuda(torch.Tensor):
     is_cuda, is_cpu = True, False
 
 
-def on_cuda(kind, dtype=torch.float32):
-    module = getattr(rnn_ext, kind)(5, 7, dtype=dtype)
+def on_cuda(kind, dtype=torch.float32, **options):
+    module = getattr(rnn_ext, kind)(5, 7, dtype=dtype, **options)
     for name, parameter in module._parameters.items():
         module._parameters[name] = parameter.detach().as_subclass(OnCuda)
     return module, torch.zeros(3, 2, 5, dtype=dtype).as_subclass(OnCuda)
@@ -265,3 +265,30 @@ def test_how_much_is_computed_again_on_cuda():
     assert Control(checkpoint_every=700).stretch(256, 100, 3, False, x) == 100
     assert Control(save="states").stretch(256, 100, 3, False, x) == 100
     assert Control(save="states").stretch(1 << 14, 1000, 128, False, x) == 16
+
+
+def test_normalised_layers_run_step_by_step(built):
+    module, x = on_cuda("LSTM", layer_norm=True, peephole=True)
+    (step,) = rnn_ext.explain(module, x).steps
+    assert str(step) == "cuda-step kernel: step-wise: a row is normalised as a whole"
+    with rnn_ext.use_backend("cuda-persistent"):
+        (refused,) = rnn_ext.explain(module, x).steps
+        assert refused.kernel == "none" and "step-wise kernels alone" in refused.reason
+        with pytest.raises(RuntimeError, match=r"LSTM.*'cuda-persistent' cannot run this"):
+            module(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fake_kernels_know_what_normalised_layers_save_on_cuda(dtype):
+    with FakeTensorMode():
+
+        def empty(*shape):
+            return torch.empty(shape, device="cuda:0", dtype=dtype)
+
+        tensors = [empty(2, 7), empty(2, 7), empty(28, 5), empty(28, 7), None, None, None]
+        tensors += [empty(28), empty(28), empty(7), None, None]
+        results = torch.ops.rnn_ext.normalized_forward("lstm", empty(3, 2, 5), tensors, None, False)
+    output, h_n, c_n, cells, states, wide_cells, records = results
+    assert output.shape == cells.shape == (3, 2, 7) and h_n.shape == c_n.shape == (2, 7)
+    assert states.numel() == 0 and (wide_cells.numel() > 0) == (dtype != torch.float32)
+    assert records.shape == (6, 3 * 28 + 4) and records.dtype == torch.float32

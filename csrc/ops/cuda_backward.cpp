@@ -1,4 +1,3 @@
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/sum.h>
@@ -87,15 +86,6 @@ class ParameterGradients {
   const cuda::Stream& stream_;
 };
 
-Tensor state_gradient(const OptionalTensor& d, at::IntArrayRef shape,
-                      const at::TensorOptions& options) {
-  return d && d->defined() ? fresh(*d, options) : at::zeros(shape, options);
-}
-
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t && t->defined() ? OptionalTensor(t->contiguous()) : std::nullopt;
-}
-
 // One direction: what it allocates, then either the tensors of a persistent kernel or the loop.
 class BackwardPass {
  public:
@@ -115,17 +105,13 @@ class BackwardPass {
         d_output_(contiguous(d.d_output)),
         d_cells_(contiguous(d.d_cells)),
         restored_(l_.restored()),
+        sums_(l_.restored_sums(wanted[1], wanted[2])),
         products_(l_, delta_, !options.sums.empty(), stream) {
     if (l_.lstm) {
       c0_ = in.c0->to(call.compute).contiguous();
       dc_ = state_gradient(d.d_c_n, {call.batch, l_.hidden}, l_.wide);
     }
     if (l_.projected) dh_ = at::empty({call.rows, l_.output}, l_.stored);
-    if (call.restores && wanted[1]) {
-      sums_.delta = at::zeros({call.batch, l_.recurrent().size(0)}, l_.wide);
-      sums_.h = at::zeros({call.batch, l_.output}, l_.wide);
-    }
-    if (call.restores && wanted[2]) sums_.c = at::zeros({call.batch, l_.hidden}, l_.wide);
     if (options.dh_norms.defined())
       norms_ = options.dh_norms.view({call.rows, 1});
     else if (options.needs_norms())
@@ -209,13 +195,8 @@ class BackwardPass {
   InputGradients gradients() const {
     InputGradients out;
     if (wanted_[0]) out[0] = products_.input();
-    if (wanted_[1]) {
-      OptionalTensor restored;
-      if (sums_.delta)
-        restored = at::addmm(*sums_.h, *sums_.delta, l_.recurrent().to(call_.compute));
-      out[1] = of_states(carry_, restored);
-    }
-    if (wanted_[2] && l_.lstm) out[2] = of_states(*dc_, sums_.c);
+    if (wanted_[1]) out[1] = of_state(l_.d_h0(carry_, sums_));
+    if (wanted_[2] && l_.lstm) out[2] = of_state(l_.d_c0(*dc_, sums_));
     if (wanted_[3]) out[3] = products_.w_ih();
     if (wanted_[4]) out[4] = products_.w_hh(*previous_, saved_.middle);
     if ((wanted_[5] || wanted_[6]) && in_.b_ih) {
@@ -231,10 +212,8 @@ class BackwardPass {
   }
 
  private:
-  // The gradient of h0 or c0: below that of the initial states there is that of the restored ones.
-  Tensor of_states(const Tensor& initial, const OptionalTensor& restored) const {
-    const Tensor all = restored ? at::cat({initial, *restored}) : initial;
-    return options_.sums.empty() ? all.to(call_.dtype) : all;
+  Tensor of_state(const Tensor& gradient) const {
+    return options_.sums.empty() ? gradient.to(call_.dtype) : gradient;
   }
 
   const Call& call_;
@@ -247,7 +226,7 @@ class BackwardPass {
   const Tensor delta_, carry_, h0_;
   const OptionalTensor d_output_, d_cells_;
   const Restored restored_;
-  RestoredSums sums_;
+  const RestoredSums sums_;
   const ParameterGradients products_;
   OptionalTensor c0_, dc_, dh_, previous_, norms_;
 };

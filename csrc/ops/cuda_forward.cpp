@@ -11,30 +11,6 @@ namespace {
 
 using at::Tensor;
 
-// Without gradients the input is projected for so many bytes of gates at a time; in the tests'
-// emulated build for so few that small shapes take several.
-#ifdef RNN_EXT_EMULATED
-constexpr long kProjectionBytes = 4 << 10;
-#else
-constexpr long kProjectionBytes = 32 << 20;
-#endif
-
-// The steps that one projection of the input covers, and the rows of those: [first, first + rows)
-// of the input.
-struct Span {
-  long steps, first, rows;
-};
-Span span_from(const Steps& time, long i, long most_rows) {
-  Span span{0, time.begin(time.at(i)), 0};
-  for (; i < time.count; i++, span.steps++) {
-    const long t = time.at(i);
-    if (span.steps && span.rows + time.rows(t) > most_rows) break;
-    span.first = std::min(span.first, time.begin(t));
-    span.rows += time.rows(t);
-  }
-  return span;
-}
-
 // One direction: what it allocates, then either the tensors of a persistent kernel or the loop.
 class ForwardPass {
  public:
@@ -46,7 +22,8 @@ class ForwardPass {
         l_(call, in, predicates),
         keep_states_(keep_states),
         save_(save),
-        restored_(l_.restored()) {
+        restored_(l_.restored()),
+        restored_product_(l_.restored_product(restored_)) {
     const long width = call.gates * l_.hidden, batch = call.batch;
     const long row_bytes = std::max<long>(1, width * c10::elementSize(call.dtype));
     most_rows_ = persistent || save || l_.elman ? std::numeric_limits<long>::max()
@@ -61,11 +38,6 @@ class ForwardPass {
       middle_ = at::empty({save ? call.rows : batch, l_.hidden}, l_.stored);
     const Tensor h0 = first_rows(in.h0, batch);
     h_state_ = persistent ? at::empty(h0.sizes(), l_.stored) : fresh(h0, l_.stored);
-    if (restored_.h) {
-      const Tensor weights = l_.recurrent();
-      restored_product_ = at::empty({batch, weights.size(0)}, l_.wide);
-      multiply(*restored_product_, *restored_.h, weights.t());
-    }
   }
 
   // Projects the input; the kernel does the rest.
@@ -156,10 +128,11 @@ class ForwardPass {
   const StepLayer l_;
   const bool keep_states_, save_;
   const Restored restored_;
+  const OptionalTensor restored_product_;
   long most_rows_;
   LayerOutputs out_;
   Tensor states_, gates_, h_state_;
-  OptionalTensor c_state_, middle_, restored_product_;
+  OptionalTensor c_state_, middle_;
 };
 
 }  // namespace

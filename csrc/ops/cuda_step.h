@@ -1,10 +1,15 @@
 // What the forward and the backward pass of the CUDA driver share.
 #pragma once
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
 
 #include "../cuda/params.h"
 #include "cuda_layer.h"
@@ -79,6 +84,40 @@ inline at::Tensor fresh(const at::Tensor& t, const at::TensorOptions& options) {
   return copy;
 }
 
+// A contiguous gradient of a state, zero where none came.
+inline at::Tensor state_gradient(const OptionalTensor& d, at::IntArrayRef shape,
+                                 const at::TensorOptions& options) {
+  return d && d->defined() ? fresh(*d, options) : at::zeros(shape, options);
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t && t->defined() ? OptionalTensor(t->contiguous()) : std::nullopt;
+}
+
+// Without gradients the input is projected for so many bytes of gates at a time; in the tests'
+// emulated build for so few that small shapes take several.
+#ifdef RNN_EXT_EMULATED
+constexpr long kProjectionBytes = 4 << 10;
+#else
+constexpr long kProjectionBytes = 32 << 20;
+#endif
+
+// The steps that one projection of the input covers, and the rows of those: [first, first + rows)
+// of the input.
+struct Span {
+  long steps, first, rows;
+};
+inline Span span_from(const Steps& time, long i, long most_rows) {
+  Span span{0, time.begin(time.at(i)), 0};
+  for (; i < time.count; i++, span.steps++) {
+    const long t = time.at(i);
+    if (span.steps && span.rows + time.rows(t) > most_rows) break;
+    span.first = std::min(span.first, time.begin(t));
+    span.rows += time.rows(t);
+  }
+  return span;
+}
+
 // What the two passes share.
 struct StepLayer {
   const Call& call;
@@ -130,6 +169,31 @@ struct StepLayer {
     };
     return {second_half(in.h0, stored),
             lstm ? OptionalTensor(second_half(*in.c0, wide)) : std::nullopt};
+  }
+  // restored.h U^T
+  OptionalTensor restored_product(const Restored& states) const {
+    if (!states.h) return {};
+    const at::Tensor weights = recurrent();
+    at::Tensor product = at::empty({call.batch, weights.size(0)}, wide);
+    multiply(product, *states.h, weights.t());
+    return product;
+  }
+  RestoredSums restored_sums(bool of_h, bool of_c) const {
+    RestoredSums sums;
+    if (call.restores && of_h) {
+      sums.delta = at::zeros({call.batch, recurrent().size(0)}, wide);
+      sums.h = at::zeros({call.batch, output}, wide);
+    }
+    if (call.restores && of_c) sums.c = at::zeros({call.batch, hidden}, wide);
+    return sums;
+  }
+  // The gradients of h0 and c0: below that of the initial states there is that of the restored ones.
+  at::Tensor d_h0(const at::Tensor& initial, const RestoredSums& sums) const {
+    if (!sums.delta) return initial;
+    return at::cat({initial, at::addmm(*sums.h, *sums.delta, recurrent().to(call.compute))});
+  }
+  at::Tensor d_c0(const at::Tensor& initial, const RestoredSums& sums) const {
+    return sums.c ? at::cat({initial, *sums.c}) : initial;
   }
 
  private:

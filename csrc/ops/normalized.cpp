@@ -4,6 +4,7 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/normalized_problem.h"
+#include "cuda_normalized.h"
 #include "operands.h"
 
 namespace rnn_ext {
@@ -12,8 +13,6 @@ namespace {
 Call check(const LayerInputs& in, const ExtraTensors& extras) {
   Call call = check_call(in);
   const bool lstm = call.kind == CellKind::kLstm, normalized = extras[0].has_value();
-  TORCH_CHECK(in.input.is_cpu(), in.cell, ": layer normalisation and peepholes have no kernel for ",
-              in.input.device());
   TORCH_CHECK(!in.w_hr, in.cell, ": layer normalisation and peepholes take no projection");
   TORCH_CHECK(normalized == extras[1].has_value() &&
                   (normalized && lstm) == extras[2].has_value() && (extras[2] || !extras[3]),
@@ -133,6 +132,8 @@ NormalizedGradients backward(const Call& call, const Kernels& kernels, const Lay
 
 LayerOutputs normalized_forward(const LayerInputs& in, const ExtraTensors& extras, bool save) {
   const Call call = check(in, extras);
+  if constexpr (kHasCudaKernels)
+    if (on_cuda(in.input)) return cuda_normalized_forward(call, in, extras, save);
   const Kernels& kernels = active_kernels();
   return with_value(call, kernels, [&](auto value) {
     return forward<decltype(value)>(call, kernels, in, extras, save);
@@ -143,6 +144,8 @@ NormalizedGradients normalized_backward(const LayerInputs& in, const ExtraTensor
                                         const Saved& saved, const LayerGradients& d,
                                         const NormalizedWanted& wanted) {
   const Call call = check(in, extras);
+  if constexpr (kHasCudaKernels)
+    if (on_cuda(in.input)) return cuda_normalized_backward(call, in, extras, saved, d, wanted);
   const Kernels& kernels = kernels_named(saved.isa);
   return with_value(call, kernels, [&](auto value) {
     return backward<decltype(value)>(call, kernels, in, extras, saved, d, wanted);

@@ -1,4 +1,4 @@
-// A layer with layer normalisation (RNN, LSTM, GRU) or peepholes (LSTM) on the CPU.
+// A layer with layer normalisation (RNN, LSTM, GRU) or peepholes (LSTM).
 #pragma once
 #include "layer.h"
 

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "../cpu/dispatch.h"
+#include "cuda_layer.h"
 #include "normalized.h"
 
 // The emulated build of the tests lies in the same process as this one.
@@ -91,7 +92,7 @@ std::vector<Tensor> backward(const std::string& cell, const Tensor& input,
                     wide_cells ? wide_cells : present(kept[1]),
                     kept[4],
                     {},
-                    active_kernels().name};
+                    on_cuda(input) ? kCuda : active_kernels().name};
   const auto up = [&](size_t k) -> OptionalTensor { return upstream[k]; };
   NormalizedWanted needed;
   for (int i = 0; i < kNormalizedInputs; i++) needed[i] = wanted[i];
@@ -123,6 +124,14 @@ TORCH_LIBRARY_IMPL(rnn_ext, CPU, m) {
   m.impl("normalized_forward", &forward);
   m.impl("normalized_backward", &backward);
 }
+
+#ifdef RNN_EXT_WITH_CUDA
+TORCH_LIBRARY_IMPL(rnn_ext, CUDA, m) {
+  m.impl("normalized_layer", &layer);
+  m.impl("normalized_forward", &forward);
+  m.impl("normalized_backward", &backward);
+}
+#endif
 
 // rnn_ext/normalized.py makes `normalized_layer` differentiable; these say that they are not.
 TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) {

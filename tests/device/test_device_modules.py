@@ -141,6 +141,31 @@ def test_controlled_training(backend, name, options):
     close(mine[1], expected[1])
 
 
+NORMALIZED = [
+    ("RNN", {"layer_norm": True}),
+    ("LSTM", {"layer_norm": True}),
+    ("LSTM", {"layer_norm": True, "peephole": True}),
+    ("LSTM", {"peephole": True}),
+    ("GRU", {"layer_norm": True}),
+    ("GRU", {"layer_norm": True, "reset_after": False}),
+]
+
+
+@pytest.mark.parametrize("name, options", NORMALIZED, ids=str)
+def test_layer_normalisation_and_peepholes(name, options):
+    ours = getattr(rnn_ext, name)(6, 300, 2, bidirectional=True, device=DEVICE, **options)
+    x = torch.randn(9, 7, 6, device=DEVICE, requires_grad=True)
+    resets = torch.rand(9, 7, device=DEVICE) < 0.3
+    given = {"resets": resets, "initial_state": states(ours, 7)}
+    mine, expected = both_ways("auto", ours, x, states(ours, 7), **given)
+    close(mine[0], expected[0])
+    close(mine[1], expected[1], 1e-3)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    again = compiled(x)
+    close(again, ours(x))
+    close(gradients(ours, again), gradients(ours, ours(x)))
+
+
 @each_layer
 @each_backend
 def test_gradient_flow(backend, name):
