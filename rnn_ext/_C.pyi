@@ -156,9 +156,14 @@ def quantized_stack(
     batch_first: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
+
+# The pending steps of an exact influence, the first that counts of each sequence, how many.
+_Pending: TypeAlias = tuple[Tensor, Tensor, int] | None
+rtrl_pending_steps: int  # at most
+
 def rtrl_influence(
     cell: str, weights: Sequence[_Optional], batch: int, diagonal: bool, /
-) -> Tensor: ...
+) -> tuple[Tensor, _Optional]: ...
 def rtrl_step(
     cell: str,
     weights: Sequence[_Optional],
@@ -167,15 +172,18 @@ def rtrl_step(
     h: Tensor,
     c: _Optional,
     influence: Tensor,
-    diagonal: bool,
+    pending: _Pending,
     /,
 ) -> tuple[int, _Optional]: ...
+def rtrl_advance(
+    cell: str, weights: Sequence[_Optional], influence: Tensor, pending: _Pending, /
+) -> None: ...
 def rtrl_accumulate(
     cell: str,
     weights: Sequence[_Optional],
     d_h: Tensor,
     influence: Tensor,
-    diagonal: bool,
+    pending: _Pending,
     /,
 ) -> int: ...
 def random_mask(

@@ -55,7 +55,10 @@ def test_kernels_compute_the_reference(isa, cell, mode, dtype):
     """Odd sizes: units that fill no register, columns that fill no panel."""
     module = make(cell, 4, 21).to(dtype)
     x, d_h, resets = stream(6, 3, 4, 21, dtype=dtype)
-    output = learn(RTRL(module, mode), x, d_h, resets)
+    rtrl = RTRL(module, mode)
+    first = learn(rtrl, x[:4], d_h[:4], resets[:4])
+    rtrl.state_dict()  # lets the influence catch up
+    output = torch.cat((first, learn(rtrl, x[4:], d_h[4:], resets[4:])))
     result, gradients = as_reference(module, x, d_h, resets, mode)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     assert np.abs(output.numpy() - result.output).max() <= tolerance
@@ -69,15 +72,19 @@ def test_kernels_compute_the_reference(isa, cell, mode, dtype):
 def test_sizes_and_threads(cell, threads, shape, bias):
     batch, inputs, hidden = shape
     module = make(cell, inputs, hidden, bias=bias)
-    x, d_h, _ = stream(2, batch, inputs, hidden)
+    x, d_h, _ = stream(36, batch, inputs, hidden)  # the influence catches up once
     learn(RTRL(module), x, d_h)
     assert_close(gradients_of(module), bptt(module, x, d_h)[1], 1e-11)
 
 
 def test_sums_longer_than_a_piece():
-    module = make("rnn_tanh", 1, 300, bias=False)
-    x, d_h, _ = stream(2, 1, 1, 300)
-    learn(RTRL(module), x, d_h)
+    module = make("rnn_tanh", 1, 260, bias=False)
+    x, d_h, _ = stream(2, 1, 1, 260)
+    rtrl = RTRL(module)
+    rtrl.step(x[0])
+    rtrl.state_dict()
+    rtrl.accumulate(d_h[0])
+    learn(rtrl, x[1:], d_h[1:])
     assert_close(gradients_of(module), bptt(module, x, d_h)[1], 1e-11)
 
 
@@ -122,6 +129,35 @@ def test_what_a_parameter_touches(cell):
         "gru": np.block([[of_unit] * 3]),
     }.get(cell, of_unit)
     assert np.array_equal(touched[:, -expected.shape[1] :], expected)  # of b_hh
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_resets_while_the_influence_lags_behind(cell):
+    """Of one sequence early and late, of one at every step, of one never; two pauses between."""
+    module = make(cell, 3, 9)
+    x, d_h, resets = stream(80, 3, 3, 9)
+    resets[:] = False
+    resets[[1, 30, 32, 33, 64], 0] = True
+    resets[:, 1] = True
+    output = learn(RTRL(module), x, d_h, resets)
+    expected, gradients = bptt(module, x, d_h, resets)
+    assert (output - expected).abs().max() <= 1e-12
+    assert_close(gradients_of(module), gradients, 1e-11)
+
+
+@pytest.mark.parametrize("steps", [2, 31, 32, 33, 64])
+def test_a_gradient_every_so_often(steps):
+    """Losses at the last step alone, and what is carried is read and written in between."""
+    module = make("lstm", 3, 9)
+    x, d_h, _ = stream(steps, 2, 3, 9)
+    rtrl = RTRL(module)
+    d_h[:-1] = 0.0
+    for t in range(steps):
+        rtrl.step(x[t])
+        if t == steps // 2:
+            rtrl.load_state_dict(rtrl.state_dict())
+    rtrl.accumulate(d_h[-1])
+    assert_close(gradients_of(module), bptt(module, x, d_h)[1], 1e-11)
 
 
 # Chunks

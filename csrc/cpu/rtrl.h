@@ -1,9 +1,9 @@
-// Real-time recurrent learning (Williams and Zipser 1989): a step of M = D M' + I for every sample.
-// Reads D (made here from the slopes) and M', writes M in place. Samples and panels of columns are
-// independent, and are what threads share. I has one row for a column (but for reset-before GRU's
-// r) and is added to the product while that is in the cache.
+// Real-time recurrent learning (Williams and Zipser 1989): the state's step, and what the influence
+// needs of it. SnAp-1 takes its step here; the exact influence follows in rtrl_influence.h.
+// Samples, rows of the Jacobians and units are independent, and are what threads share.
 #pragma once
 #include "rtrl_cells.h"
+#include "rtrl_influence.h"
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
@@ -31,10 +31,7 @@ template <class real, class Cell>
 class RtrlStep {
  public:
   explicit RtrlStep(const RtrlArgs<real>& args)
-      : a_(args),
-        hidden_(args.hidden),
-        panels_(influence_panels<real>(args.columns)),
-        made_here_(!args.input_gates) {}
+      : a_(args), hidden_(args.hidden), made_here_(!args.input_gates) {}
 
   bool run() {
     Arena sizes;
@@ -44,48 +41,41 @@ class RtrlStep {
     lay_out(arena);
     finite_ = true;
     run_team(a_.threads, [this](const Member& m) {
-      if (made_here_) {
+      if (made_here_)
         for (long row = m.begin(rows()); row < m.end(rows()); row++) net_inputs(row);
-        for (long b = m.begin(a_.batch); b < m.end(a_.batch); b++) operand(b);
-        m.wait();
-      }
+      for (long b = m.begin(a_.batch); b < m.end(a_.batch); b++) operand(b);
+      m.wait();
       for (long b = m.begin(a_.batch); b < m.end(a_.batch); b++) linearize(b);
       m.wait();
       if (!__atomic_load_n(&finite_, __ATOMIC_RELAXED)) return;
-      if (a_.diagonal) {
-        const long units = a_.batch * hidden_;
-        for (long i = m.begin(units); i < m.end(units); i++) diagonal(i / hidden_, i % hidden_);
-        return;
+      const long units = a_.batch * hidden_;
+      for (long i = m.begin(units); i < m.end(units); i++) {
+        if (a_.diagonal)
+          diagonal(i / hidden_, i % hidden_);
+        else
+          jacobian_row(i / hidden_, i % hidden_);
       }
-      const long rows = a_.batch * hidden_;
-      for (long i = m.begin(rows); i < m.end(rows); i++) jacobian_row(i / hidden_, i % hidden_);
-      m.wait();
-      const long panels = a_.batch * panels_;
-      for (long i = m.begin(panels); i < m.end(panels); i++) panel(i / panels_, i % panels_, m.id);
     });
     return finite_;
   }
 
  private:
-  static constexpr int lanes = kLanes<real>, vectors = 2, strip = vectors * lanes;
-  static constexpr long width = kInfluencePanelBytes / sizeof(real);
+  static constexpr int lanes = kLanes<real>;
+  static constexpr long width = kInfluenceWidth<real>;
   static constexpr bool lstm = Cell::states == 2;
-  static_assert(width % strip == 0);
 
   void lay_out(Arena& arena) {
     if (made_here_) {
       a_.input_gates = input_gates_ = arena.take<real>(a_.batch * rows());
       a_.hidden_gates = hidden_gates_ = arena.take<real>(a_.batch * rows());
-      a_.operands = operands_ = arena.take<real>(a_.batch * a_.operand_width);
     }
-    slopes_ = arena.take<real>(a_.batch * Slopes<real>::count * hidden_);
-    if (a_.diagonal) return;
-    jacobian_ = arena.take<real>(a_.batch * Cell::states * hidden_ * hidden_);
-    before_ = arena.take<real>(a_.threads * hidden_ * width);
-    sums_ = arena.take<real>(a_.threads * kTileRows<vectors> * strip);
+    if (!a_.diagonal) return;
+    operands_ = arena.take<real>(a_.batch * a_.operand_width);
+    slopes_ = arena.take<real>(a_.batch * kSlopes * padded());
   }
 
   long rows() const { return Cell::gates * hidden_; }
+  long padded() const { return a_.pending.layout.padded; }
 
   // One row of W x + b and of U h' + b', for every sample.
   RNN_EXT_NOINLINE void net_inputs(long row) {
@@ -100,22 +90,26 @@ class RtrlStep {
     }
   }
 
+  real* operands(long b) const {
+    return a_.diagonal ? operands_ + b * a_.operand_width
+                       : a_.pending.operands(a_.pending.count, b);
+  }
+  Slopes<real> slopes(long b) const {
+    real* base =
+        a_.diagonal ? slopes_ + b * kSlopes * padded() : a_.pending.slopes(a_.pending.count, b);
+    return {base, padded()};
+  }
+
   // [x, 1, h'], and 1 again for the GRU; 1 where there is a bias.
   void operand(long b) {
-    real* to = operands_ + b * a_.operand_width;
+    real* to = operands(b);
+    if (!made_here_)
+      return scaled_row(to, real(1), a_.operands + b * a_.operand_width, a_.operand_width, false);
     const long before_h = a_.input + (a_.b_ih ? 1 : 0);
     scaled_row(to, real(1), a_.x + b * a_.input, a_.input, false);
     if (a_.b_ih) to[a_.input] = 1;
     scaled_row(to + before_h, real(1), a_.h_prev + b * hidden_, hidden_, false);
     if (before_h + hidden_ < a_.operand_width) to[before_h + hidden_] = 1;
-  }
-
-  Slopes<real> slopes(long b) const {
-    return {slopes_ + b * Slopes<real>::count * hidden_, hidden_};
-  }
-  // Row i of D; LSTM: state 0 is the way to h past c, state 1 the way to c.
-  real* jacobian(long b, int state) const {
-    return jacobian_ + (b * Cell::states + state) * hidden_ * hidden_;
   }
 
   RNN_EXT_NOINLINE void linearize(long b) {
@@ -130,89 +124,39 @@ class RtrlStep {
     if (!finite) __atomic_store_n(&finite_, false, __ATOMIC_RELAXED);
   }
 
+  // Row i of a matrix of the step (+)= factor times a row, unit by unit times `columns`, if given.
+  RNN_EXT_INLINE void put_row(real* matrix, long i, real factor, const real* row, bool add,
+                              const real* columns = nullptr) const {
+    for (long unit = 0; unit < hidden_; unit += width, matrix += hidden_ * width) {
+      const long count = hidden_ - unit < width ? hidden_ - unit : width;
+      if (count == width)
+        scaled_row(matrix + i * width, factor, row + unit, width, add);
+      else
+        scaled_row(matrix + i * width, factor, row + unit, count, add);
+      if (columns)
+        for (long u = 0; u < count; u++) matrix[i * width + u] *= columns[unit + u];
+    }
+  }
+
   template <size_t count>
   RNN_EXT_INLINE void row_through(const Through (&through)[count], real* const* slope, long i,
-                                  real* out) const {
+                                  real* matrix) const {
     for (size_t k = 0; k < count; k++)
-      scaled_row(out, slope[through[k].net][i], a_.w_hh + (through[k].gate * hidden_ + i) * hidden_,
-                 hidden_, k > 0);
+      put_row(matrix, i, slope[through[k].net][i],
+              a_.w_hh + (through[k].gate * hidden_ + i) * hidden_, k > 0);
   }
 
   RNN_EXT_NOINLINE void jacobian_row(long b, long i) {
     const Slopes<real> s = slopes(b);
-    real* row = jacobian(b, 0) + i * hidden_;
-    row_through(Cell::through, s.h, i, row);
-    if constexpr (Cell::spreads)
-      scaled_row(row, s.h[2][i], a_.reset_jacobian + (b * hidden_ + i) * hidden_, hidden_, true);
-    if constexpr (Cell::keeps) row[i] += s.keep[i];
-    if constexpr (lstm) row_through(Cell::through_c, s.c, i, jacobian(b, 1) + i * hidden_);
-  }
-
-  RNN_EXT_NOINLINE void panel(long b, long p, int member) {
-    real* m_h = a_.influence + (b * panels_ + p) * Cell::states * hidden_ * width;
-    real* m_c = m_h + hidden_ * width;
-    real* before = before_ + member * hidden_ * width;
-    real* sums = sums_ + member * kTileRows<vectors> * strip;
-    const Slopes<real> s = slopes(b);
-    for (long from = 0; from < width; from += strip) {
-      for (long i = 0; i < hidden_; i++) RNN_EXT_UNROLL
-      for (int v = 0; v < vectors; v++)
-        store(before + i * strip + v * lanes, load(m_h + i * width + from + v * lanes));
-      for_row_blocks(0, hidden_, kTileRows<vectors>, [&](long first, int count) {
-        if (from == 0) prefetch_next(m_h, first, count);
-        real* h = m_h + first * width + from;
-        tile_long<real, vectors>(count, hidden_, jacobian(b, 0) + first * hidden_, hidden_, 1,
-                                 before, h, width, false);
-        if constexpr (lstm) {
-          tile_long<real, vectors>(count, hidden_, jacobian(b, 1) + first * hidden_, hidden_, 1,
-                                   before, sums, strip, false);
-          real* c = m_c + first * width + from;
-          for (int i = 0; i < count; i++, h += width, c += width) RNN_EXT_UNROLL
-          for (int v = 0; v < vectors; v++) {
-            const Vec<real> m =
-                s.keep[first + i] * load(c + v * lanes) + load(sums + i * strip + v * lanes);
-            store(c + v * lanes, m);
-            store(h + v * lanes, load(h + v * lanes) + s.pass[first + i] * m);
-          }
-        }
-      });
+    real* matrix = a_.pending.matrix(a_.pending.count, b, 0);
+    real* second = matrix + hidden_ * padded();
+    row_through(Cell::through, s.h, i, matrix);
+    if constexpr (Cell::spreads) {
+      put_row(matrix, i, s.h[2][i], a_.reset_jacobian + (b * hidden_ + i) * hidden_, true);
+      put_row(second, i, s.h[2][i], a_.w_hh + (2 * hidden_ + i) * hidden_, false, s.h[0]);
     }
-    add_immediate(b, p, s, m_h, m_c);
-  }
-
-  // Rows of the panel that follows: a panel is too short for the CPU to foresee them.
-  RNN_EXT_INLINE static void prefetch(const real* rows, long count) {
-    for (long i = 0; i < count * width; i += 64 / sizeof(real)) __builtin_prefetch(rows + i);
-  }
-  RNN_EXT_INLINE void prefetch_next(const real* m_h, long first, long count) const {
-    const real* next = m_h + (Cell::states * hidden_ + first) * width;
-    prefetch(next, count);
-    if constexpr (lstm) prefetch(next + hidden_ * width, count);
-  }
-
-  // Columns of a panel, one unit of one net after the other.
-  RNN_EXT_INLINE void add_immediate(long b, long p, const Slopes<real>& s, real* m_h, real* m_c) {
-    const long first = p * width;
-    const long end = first + width < a_.columns ? first + width : a_.columns;
-    int k = 0;
-    for (long column = first; column < end;) {
-      while (k + 1 < a_.nets && column >= a_.net[k + 1].column) k++;
-      const Net& net = a_.net[k];
-      const long unit = (column - net.column) / net.length;
-      const long within = (column - net.column) % net.length, at = column - first;
-      const long count = net.length - within < end - column ? net.length - within : end - column;
-      const real* operand = a_.operands + b * a_.operand_width + net.operand + within;
-      if (Cell::spreads && k == 0) {
-        const real* u_n = a_.w_hh + 2 * hidden_ * hidden_ + unit;
-        for (long i = 0; i < hidden_; i++)
-          scaled_row(m_h + i * width + at, s.h[2][i] * u_n[i * hidden_] * s.h[0][unit], operand,
-                     count, true);
-      } else {
-        scaled_row(m_h + unit * width + at, s.h[k][unit], operand, count, true);
-        if constexpr (lstm) scaled_row(m_c + unit * width + at, s.c[k][unit], operand, count, true);
-      }
-      column += count;
-    }
+    if constexpr (Cell::keeps) matrix[(i / width * hidden_ + i) * width + i % width] += s.keep[i];
+    if constexpr (lstm) row_through(Cell::through_c, s.c, i, second);
   }
 
   template <size_t count>
@@ -232,9 +176,9 @@ class RtrlStep {
     if constexpr (lstm) d_c = entry_through(Cell::through_c, s.c, i);
     for (int k = 0; k < a_.nets; k++) {
       const Net& net = a_.net[k];
-      const real* __restrict operand = a_.operands + b * a_.operand_width + net.operand;
+      const real* __restrict operand = operands(b) + net.operand;
       real* __restrict h =
-          a_.influence + b * Cell::states * a_.columns + net.column + i * net.length;
+          a_.diagonal + b * Cell::states * a_.columns + net.column + i * net.length;
       const real slope = s.h[k][i];
       if (lstm && k < 3) {
         real* __restrict c = h + a_.columns;
@@ -252,16 +196,15 @@ class RtrlStep {
   }
 
   RtrlArgs<real> a_;
-  const long hidden_, panels_;
+  const long hidden_;
   const bool made_here_;
-  real *input_gates_ = nullptr, *hidden_gates_ = nullptr, *operands_ = nullptr;
-  real *slopes_, *jacobian_, *before_, *sums_;
+  real *input_gates_ = nullptr, *hidden_gates_ = nullptr, *operands_ = nullptr, *slopes_ = nullptr;
   bool finite_;
 };
 
 template <class real>
-bool rtrl_step(CellKind kind, const RtrlArgs<real>& args) {
-  switch (kind) {
+bool rtrl_step(const RtrlArgs<real>& args) {
+  switch (args.kind) {
     case CellKind::kRnnTanh:
       return RtrlStep<real, LinearElman<real, Tanh>>(args).run();
     case CellKind::kRnnRelu:
@@ -277,45 +220,22 @@ bool rtrl_step(CellKind kind, const RtrlArgs<real>& args) {
   }
 }
 
-// Threads share the panels of columns, or the units.
+// Threads share the units.
 template <class real>
-void rtrl_gradient(const RtrlGradientArgs<real>& a) {
-  constexpr int lanes = kLanes<real>;
-  constexpr long width = kInfluencePanelBytes / sizeof(real);
-  constexpr int vectors = int(width) / lanes;
-  const long panels = influence_panels<real>(a.columns);
+void rtrl_diagonal_gradient(const DiagonalGradientArgs<real>& a) {
   run_team(a.threads, [&](const Member& m) {
-    if (a.diagonal) {
-      for (long i = m.begin(a.hidden); i < m.end(a.hidden); i++)
-        for (int k = 0; k < a.nets; k++)
-          for (long b = 0; b < a.batch; b++) {
-            const long at = a.net[k].column + i * a.net[k].length;
-            scaled_row(a.gradient + at, a.d_h[b * a.hidden + i],
-                       a.influence + b * a.states * a.columns + at, a.net[k].length, b > 0);
-          }
-      return;
-    }
-    for (long p = m.begin(panels); p < m.end(panels); p++) {
-      Vec<real> even[vectors] = {}, odd[vectors] = {};
-      for (long b = 0; b < a.batch; b++) {
-        const real* row = a.influence + (b * panels + p) * a.states * a.hidden * width;
-        const real* d = a.d_h + b * a.hidden;
-        long i = 0;
-        for (; i + 2 <= a.hidden; i += 2, row += 2 * width) RNN_EXT_UNROLL
-        for (int v = 0; v < vectors; v++) {
-          even[v] += d[i] * load(row + v * lanes);
-          odd[v] += d[i + 1] * load(row + width + v * lanes);
+    for (long i = m.begin(a.hidden); i < m.end(a.hidden); i++)
+      for (int k = 0; k < a.nets; k++)
+        for (long b = 0; b < a.batch; b++) {
+          const long at = a.net[k].column + i * a.net[k].length;
+          scaled_row(a.gradient + at, a.d_h[b * a.hidden + i],
+                     a.diagonal + b * a.states * a.columns + at, a.net[k].length, b > 0);
         }
-        if (i < a.hidden) RNN_EXT_UNROLL
-        for (int v = 0; v < vectors; v++) even[v] += d[i] * load(row + v * lanes);
-      }
-      RNN_EXT_UNROLL
-      for (int v = 0; v < vectors; v++) store(a.gradient + p * width + v * lanes, even[v] + odd[v]);
-    }
   });
 }
 
 template <class real>
-inline constexpr RtrlKernels<real> rtrl_kernels{rtrl_step<real>, rtrl_gradient<real>};
+inline constexpr RtrlKernels<real> rtrl_kernels{rtrl_step<real>, rtrl_advance<real>,
+                                                rtrl_gradient<real>, rtrl_diagonal_gradient<real>};
 
 }  // namespace rnn_ext::RNN_EXT_TARGET

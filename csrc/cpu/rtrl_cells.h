@@ -5,22 +5,21 @@
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
-// Of one sample, each [H].
+// Of one sample, each [H] in room for `padded`.
 template <class real>
 struct Slopes {
   real* h[kMaxNets];  // dh_j/da_j, by way of c too
   real* c[kMaxNets];  // LSTM: dc_j/da_j
   real* keep;         // LSTM: dc_j/dc'_j; GRU: z, the part of dh_j/dh'_j past the net inputs
   real* pass;         // LSTM: dh_j/dc_j
-  static constexpr int count = 2 * kMaxNets + 2;
 
-  Slopes(real* base, long hidden) {
+  Slopes(real* base, long padded) {
     for (int k = 0; k < kMaxNets; k++) {
-      h[k] = base + k * hidden;
-      c[k] = base + (kMaxNets + k) * hidden;
+      h[k] = base + k * padded;
+      c[k] = base + (kMaxNets + k) * padded;
     }
-    keep = base + 2 * kMaxNets * hidden;
-    pass = keep + hidden;
+    keep = base + 2 * kMaxNets * padded;
+    pass = keep + padded;
   }
 };
 

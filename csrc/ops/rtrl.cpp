@@ -39,47 +39,39 @@ struct Rows {
   int ih, hh;
 };
 
-struct Layout {
-  CellKind kind;
-  int gates, nets, states;
-  long input, hidden, columns;
+// A layer's nets, and the rows of its weights that they have.
+struct Layout : RtrlShape {
+  int gates;
   bool bias;
   Rows rows[kMaxNets];
-  Net net[kMaxNets];
 
-  explicit Layout(const RtrlLayer& layer)
-      : kind(cell_kind(layer.cell)),
-        gates(cell_gates(kind)),
-        nets(gates),
-        states(kind == CellKind::kLstm ? 2 : 1),
-        input(layer.w_ih.size(1)),
-        hidden(layer.w_hh.size(1)),
-        columns(0),
-        bias(layer.b_ih.has_value()) {
+  Layout(const RtrlLayer& layer, long of_batch) : RtrlShape{} {
+    kind = cell_kind(layer.cell);
+    gates = nets = cell_gates(kind);
+    states = kind == CellKind::kLstm ? 2 : 1;
+    batch = of_batch;
+    input = layer.w_ih.size(1);
+    hidden = layer.w_hh.size(1);
+    bias = layer.b_ih.has_value();
+    operand_width = input + bias + hidden;
     for (int k = 0; k < gates; k++) rows[k] = {k, k};
     if (kind == CellKind::kGru) {
       nets = 4;
       rows[2] = {2, kNone};
       rows[3] = {kNone, 2};
+      operand_width += bias;
     }
     for (int k = 0; k < nets; k++) {
       const bool x = rows[k].ih != kNone, h = rows[k].hh != kNone;
       net[k] = {columns, x ? 0 : input + bias, (x ? input : 0) + bias + (h ? hidden : 0)};
       columns += hidden * net[k].length;
     }
-    if (kind == CellKind::kGruResetBefore) net[2].operand = input + bias + hidden;
+    if (kind == CellKind::kGruResetBefore) {
+      net[2].operand = operand_width;
+      operand_width *= 2;
+    }
   }
 };
-
-template <class Args>
-void describe(const Layout& layout, long batch, bool diagonal, Args& args) {
-  args.batch = batch;
-  args.hidden = layout.hidden;
-  args.columns = layout.columns;
-  args.nets = layout.nets;
-  std::copy(layout.net, layout.net + kMaxNets, args.net);
-  args.diagonal = diagonal;
-}
 
 template <class Body>
 auto with_kernels(at::ScalarType dtype, const Body& body) {
@@ -89,17 +81,24 @@ auto with_kernels(at::ScalarType dtype, const Body& body) {
                              : body(*active_kernels().rtrl_double, double{});
 }
 
-std::vector<int64_t> influence_shape(const Layout& layout, long batch, bool diagonal,
-                                     at::ScalarType dtype) {
-  if (diagonal) return {batch, layout.states, layout.columns};
-  const long width = kInfluencePanelBytes / long(at::elementSize(dtype));
-  const long panels = (layout.columns + width - 1) / width;
-  return {batch, panels, layout.states, layout.hidden, width};
+std::vector<int64_t> influence_shape(const Layout& layout, bool diagonal, at::ScalarType dtype) {
+  if (diagonal) return {layout.batch, layout.states, layout.columns};
+  return with_kernels(dtype, [&](const auto&, auto zero) -> std::vector<int64_t> {
+    const InfluenceLayout<decltype(zero)> l(layout);
+    return {l.batch, l.panels, l.states, l.hidden, l.width};
+  });
+}
+
+int64_t pending_size(const Layout& layout, at::ScalarType dtype) {
+  return with_kernels(dtype, [&](const auto&, auto zero) -> int64_t {
+    using real = decltype(zero);
+    return PendingSteps<real>::size(InfluenceLayout<real>(layout));
+  });
 }
 
 void check(const char* name, const Tensor& t, const Tensor& like, at::IntArrayRef shape) {
   TORCH_CHECK(t.is_cpu() && t.layout() == at::kStrided, "RTRL: ", name, " is on ", t.device(),
-              "; RTRL runs on the CPU alone, move it there");
+              ", but this stream is on the CPU; call reset() to begin anew");
   TORCH_CHECK(t.scalar_type() == like.scalar_type(), "RTRL: ", name, " has dtype ", t.scalar_type(),
               ", but the weights have ", like.scalar_type(), "; convert one of them");
   TORCH_CHECK(t.sizes() == shape, "RTRL: expected ", name, " of shape ", shape, ", got ",
@@ -194,17 +193,26 @@ struct Target {
   }
 };
 
-// Takes the columns apart; h' is the last of an operand that has x, the first of one that has not.
+// Takes the gradient of the exact influence apart, which is by operand value and unit, and that of
+// SnAp-1, by unit and operand value. h' is the last of an operand that has x, the first of one that
+// has not.
 template <class real>
-void split(const Layout& layout, const RtrlLayer& layer, const real* columns) {
+void split(const Layout& layout, bool diagonal, const RtrlLayer& layer, const real* gradient) {
+  const InfluenceLayout<real> l(layout);
   const long inputs = layout.input, hidden = layout.hidden;
   const Target<real> w_ih(layer.w_ih), w_hh(layer.w_hh), b_ih(layer.b_ih), b_hh(layer.b_hh);
+  std::vector<real> of_unit(inputs + hidden + 1);
   for (int k = 0; k < layout.nets; k++) {
-    const Net& net = layout.net[k];
+    const long length = layout.net[k].length;
     const auto [ih, hh] = layout.rows[k];
     for (long unit = 0; unit < hidden; unit++) {
-      const real* row = columns + net.column + unit * net.length;
-      const real* h = ih == kNone ? row : row + net.length - hidden;
+      const real* row = gradient + layout.net[k].column + unit * length;
+      if (!diagonal) {
+        const real* from = gradient + l.panel(k, unit / l.width) * l.width + unit % l.width;
+        for (long i = 0; i < length; i++) of_unit[i] = from[i * l.width];
+        row = of_unit.data();
+      }
+      const real* h = ih == kNone ? row : row + length - hidden;
       const real* bias = ih == kNone ? row + hidden : row + inputs;
       if (ih != kNone) {
         w_ih.put((ih * hidden + unit) * inputs, row, inputs);
@@ -232,25 +240,56 @@ void zero_rows(const bool* rows, const Tensor& t) {
     if (rows[b]) std::memset(data + b * each, 0, each);
 }
 
+template <class real>
+PendingSteps<real> steps_of(const Layout& layout, const RtrlPending& pending) {
+  return {InfluenceLayout<real>(layout), pending.steps.mutable_data_ptr<real>(),
+          pending.start.const_data_ptr<int64_t>(), pending.count};
+}
+
+void check_influence(const Layout& layout, const RtrlLayer& layer, const Tensor& influence,
+                     const std::optional<RtrlPending>& pending) {
+  const at::ScalarType dtype = layer.w_hh.scalar_type();
+  check("influence", influence, layer.w_hh, influence_shape(layout, !pending, dtype));
+  TORCH_CHECK(influence.is_contiguous(), "RTRL: the influence must be contiguous");
+  if (!pending) return;
+  check("the pending steps", pending->steps, layer.w_hh, {pending_size(layout, dtype)});
+  const Tensor& start = pending->start;
+  TORCH_CHECK(start.is_cpu() && start.is_contiguous() && start.scalar_type() == at::kLong &&
+                  start.sizes() == at::IntArrayRef{layout.batch},
+              "RTRL: the starts of the pending steps must be int64 [", layout.batch, "]");
+  const int64_t* values = start.const_data_ptr<int64_t>();
+  const bool within = std::all_of(values, values + layout.batch, [&](int64_t value) {
+    return 0 <= value && value <= pending->count;
+  });
+  TORCH_CHECK(within && pending->count <= kPendingSteps, "RTRL: there is no room for ",
+              pending->count, " pending steps");
+}
+
 }  // namespace
 
-Tensor rtrl_influence(const RtrlLayer& layer, long batch, bool diagonal) {
-  const Layout layout(layer);
-  const Tensor influence = at::empty(
-      influence_shape(layout, batch, diagonal, layer.w_hh.scalar_type()), layer.w_hh.options());
-  advise_huge_pages(influence.mutable_data_ptr(), influence.nbytes());
-  return influence.zero_();
+std::tuple<Tensor, OptionalTensor> rtrl_influence(const RtrlLayer& layer, long batch,
+                                                  bool diagonal) {
+  const Layout layout(layer, batch);
+  const at::ScalarType dtype = layer.w_hh.scalar_type();
+  const auto zeros = [&](at::IntArrayRef shape) {
+    const Tensor t = at::empty(shape, layer.w_hh.options());
+    advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
+    return t.zero_();
+  };
+  OptionalTensor pending;
+  if (!diagonal) pending = zeros({pending_size(layout, dtype)});
+  return {zeros(influence_shape(layout, diagonal, dtype)), pending};
 }
 
 std::tuple<RtrlStatus, OptionalTensor> rtrl_step(const RtrlLayer& given, const Tensor& given_x,
                                                  const OptionalTensor& reset, const Tensor& h,
                                                  const OptionalTensor& c, const Tensor& influence,
-                                                 bool diagonal) {
+                                                 const std::optional<RtrlPending>& pending) {
   at::NoGradGuard no_grad;
   const RtrlLayer layer = contiguous(given);
-  const Layout layout(layer);
+  const Layout layout(layer, h.size(0));
   const bool before = layout.kind == CellKind::kGruResetBefore;
-  const long batch = h.size(0), hidden = layout.hidden;
+  const long batch = layout.batch, hidden = layout.hidden;
   const at::ScalarType dtype = layer.w_hh.scalar_type();
   check("weight_hh", layer.w_hh, layer.w_hh, {layout.gates * hidden, hidden});
   check("weight_ih", layer.w_ih, layer.w_hh, {layout.gates * hidden, layout.input});
@@ -259,10 +298,12 @@ std::tuple<RtrlStatus, OptionalTensor> rtrl_step(const RtrlLayer& given, const T
   check("h", h, layer.w_hh, {batch, hidden});
   TORCH_CHECK(c.has_value() == (layout.states == 2), "RTRL: c belongs to the LSTM alone");
   if (c) check("c", *c, layer.w_hh, {batch, hidden});
-  check("influence", influence, layer.w_hh, influence_shape(layout, batch, diagonal, dtype));
-  TORCH_CHECK(influence.is_contiguous() && h.is_contiguous() && (!c || c->is_contiguous()),
-              "RTRL: the influence and the state must be contiguous");
-  TORCH_CHECK(!diagonal || !before,
+  TORCH_CHECK(h.is_contiguous() && (!c || c->is_contiguous()),
+              "RTRL: the state must be contiguous");
+  check_influence(layout, layer, influence, pending);
+  TORCH_CHECK(!pending || pending->count < kPendingSteps,
+              "RTRL: the influence must advance before the next step");
+  TORCH_CHECK(pending || !before,
               "RTRL: SnAp-1 does not exist for the GRU with the reset before the product");
   if (!suits(given_x, layer.w_hh, {batch, layout.input})) return {RtrlStatus::kUnsuitable, {}};
   if (reset && !(reset->is_cpu() && reset->scalar_type() == at::kBool &&
@@ -280,34 +321,35 @@ std::tuple<RtrlStatus, OptionalTensor> rtrl_step(const RtrlLayer& given, const T
       zero_rows(which, h);
       if (c) zero_rows(which, *c);
       zero_rows(which, influence);
+      if (pending) {
+        int64_t* start = pending->start.mutable_data_ptr<int64_t>();
+        for (long b = 0; b < batch; b++)
+          if (which[b]) start[b] = pending->count;
+      }
     }
     const auto read = [](const OptionalTensor& t) {
       return t && t->defined() ? t->const_data_ptr<real>() : nullptr;
     };
     const Terms terms = before ? reset_before_terms(layout, layer, x, h) : Terms{};
-    RtrlArgs<real> args;
-    describe(layout, batch, diagonal, args);
+    RtrlArgs<real> args{
+        layout, pending ? steps_of<real>(layout, *pending)
+                        : PendingSteps<real>{InfluenceLayout<real>(layout), nullptr, nullptr, 0}};
     args.x = read(x);
     args.w_ih = read(layer.w_ih);
     args.b_ih = read(layer.b_ih);
     args.b_hh = read(layer.b_hh);
-    args.input = layout.input;
     args.input_gates = read(terms.input_gates);
     args.hidden_gates = read(terms.hidden_gates);
     args.operands = read(terms.operands);
-    args.operand_width = before ? terms.operands.size(1)
-                                : layout.input + hidden + layout.bias +
-                                      (layout.kind == CellKind::kGru && layout.bias);
     args.w_hh = read(layer.w_hh);
     args.reset_jacobian = read(terms.reset_jacobian);
     args.h_prev = read(h);
     args.c_prev = read(c);
     args.h = h_new.mutable_data_ptr<real>();
     args.c = c ? c_new.mutable_data_ptr<real>() : nullptr;
-    args.influence = influence.mutable_data_ptr<real>();
-    const double per_column = diagonal ? 4. : 2. * layout.states * hidden * hidden;
-    args.threads = threads_for(per_column * layout.columns * batch);
-    return kernels.step(layout.kind, args) ? RtrlStatus::kDone : RtrlStatus::kNotFinite;
+    args.diagonal = pending ? nullptr : influence.mutable_data_ptr<real>();
+    args.threads = threads_for(4. * layout.columns * batch);
+    return kernels.step(args) ? RtrlStatus::kDone : RtrlStatus::kNotFinite;
   });
   if (status != RtrlStatus::kDone) return {status, {}};
   std::memcpy(h.mutable_data_ptr(), h_new.const_data_ptr(), h.nbytes());
@@ -315,29 +357,41 @@ std::tuple<RtrlStatus, OptionalTensor> rtrl_step(const RtrlLayer& given, const T
   return {status, h_new};
 }
 
-RtrlStatus rtrl_accumulate(const RtrlLayer& layer, const Tensor& d_h, const Tensor& influence,
-                           bool diagonal) {
-  at::NoGradGuard no_grad;
-  const Layout layout(layer);
-  const long batch = influence.size(0), hidden = layout.hidden;
-  const at::ScalarType dtype = layer.w_hh.scalar_type();
-  check("influence", influence, layer.w_hh, influence_shape(layout, batch, diagonal, dtype));
-  if (!suits(d_h, layer.w_hh, {batch, hidden})) return RtrlStatus::kUnsuitable;
-  const Tensor d = d_h.resolve_neg().contiguous();
-  return with_kernels(dtype, [&](const auto& kernels, auto zero) {
+void rtrl_advance(const RtrlLayer& layer, const Tensor& influence, const RtrlPending& pending) {
+  const Layout layout(layer, influence.size(0));
+  check_influence(layout, layer, influence, pending);
+  with_kernels(layer.w_hh.scalar_type(), [&](const auto& kernels, auto zero) {
     using real = decltype(zero);
-    const long room = diagonal ? layout.columns : influence.size(1) * influence.size(4);
-    Scratch columns(room * sizeof(real));
-    RtrlGradientArgs<real> args;
-    describe(layout, batch, diagonal, args);
-    args.states = layout.states;
-    args.d_h = d.const_data_ptr<real>();
-    args.influence = influence.const_data_ptr<real>();
-    args.gradient = reinterpret_cast<real*>(columns.data());
-    args.threads = threads_for(2. * layout.columns * batch * (diagonal ? 1 : hidden));
-    kernels.gradient(args);
-    if (!finite<real>(args.gradient, layout.columns)) return RtrlStatus::kNotFinite;
-    split<real>(layout, layer, args.gradient);
+    const double rows = double(layout.states) * layout.hidden;
+    const int threads = threads_for(2. * rows * rows * layout.columns * layout.batch);
+    kernels.advance({steps_of<real>(layout, pending), influence.mutable_data_ptr<real>(), threads});
+  });
+  pending.start.zero_();
+}
+
+RtrlStatus rtrl_accumulate(const RtrlLayer& layer, const Tensor& d_h, const Tensor& influence,
+                           const std::optional<RtrlPending>& pending) {
+  at::NoGradGuard no_grad;
+  const Layout layout(layer, influence.size(0));
+  check_influence(layout, layer, influence, pending);
+  if (!suits(d_h, layer.w_hh, {layout.batch, layout.hidden})) return RtrlStatus::kUnsuitable;
+  const Tensor d = d_h.resolve_neg().contiguous();
+  return with_kernels(layer.w_hh.scalar_type(), [&](const auto& kernels, auto zero) {
+    using real = decltype(zero);
+    const InfluenceLayout<real> l(layout);
+    const long size = pending ? l.panels * l.width : layout.columns;
+    Scratch scratch(size * sizeof(real));
+    real* gradient = reinterpret_cast<real*>(scratch.data());
+    const real* d_data = d.const_data_ptr<real>();
+    const real* carried = influence.const_data_ptr<real>();
+    const double flops = 2. * layout.columns * layout.batch * (pending ? layout.hidden : 1);
+    if (pending)
+      kernels.gradient(
+          {steps_of<real>(layout, *pending), carried, d_data, gradient, threads_for(flops)});
+    else
+      kernels.diagonal_gradient({layout, carried, d_data, gradient, threads_for(flops)});
+    if (!finite<real>(gradient, size)) return RtrlStatus::kNotFinite;
+    split<real>(layout, !pending, layer, gradient);
     return RtrlStatus::kDone;
   });
 }
