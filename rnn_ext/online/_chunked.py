@@ -31,7 +31,7 @@ class Chunked:
         self.influence = self.h.new_zeros(batch, self.states * layer.hidden_size, width)
         self.x = self.h.new_zeros(size, batch, layer.input_size)
         self.d_h = self.h.new_zeros(size, batch, layer.hidden_size)
-        self.resets = torch.zeros(size, batch, dtype=torch.bool)
+        self.resets = torch.zeros(size, batch, dtype=torch.bool, device=self.h.device)
         self._keep_weights()
 
     def _keep_weights(self) -> None:
@@ -136,7 +136,7 @@ class Chunked:
         each sequence and unit of the state."""
         influence = self.influence[block]
         batch, rows, width = influence.shape
-        units = torch.eye(rows, dtype=influence.dtype).repeat(batch, 1)
+        units = torch.eye(rows, dtype=influence.dtype, device=influence.device).repeat(batch, 1)
         d_state = list(units.split(self.layer.hidden_size, 1))
         inside = influence.new_zeros(batch * rows, width)
         for _, x, mask, state, saved, isa in reversed(segments):
@@ -214,7 +214,8 @@ class Chunked:
                     f"RTRL: {name} must be {own[name].dtype} {shape} with chunks of "
                     f"{self.size} steps, got {value.dtype} {list(value.shape)}"
                 )
-        kept = {name: value.detach().clone() for name, value in tensors.items()}
+        device = self.h.device
+        kept = {name: value.detach().to(device, copy=True) for name, value in tensors.items()}
         self.h, self.c, self.influence = kept["h"], kept.get("c"), kept["influence"]
         self.start = kept["start_h"], kept.get("start_c")
         for name in ("x", "d_h", "resets"):
@@ -231,7 +232,9 @@ class Chunked:
 
 
 def _masked(part, mask):
-    return part if part is None or mask is None else part.masked_fill(mask[:, None], 0.0)
+    if part is None or mask is None:
+        return part
+    return part.masked_fill(mask.to(part.device)[:, None], 0.0)
 
 
 def _finite(t):

@@ -93,8 +93,8 @@ class Layer(NamedTuple):
         for name, weight in zip(names, layer.parameters()):
             if weight.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"RTRL: {name} is {weight.dtype}; use float32 or float64")
-            if weight.device.type != "cpu":
-                raise TypeError(f"RTRL: {name} is on {weight.device}; RTRL runs on the CPU alone")
+            if weight.device.type not in ("cpu", "cuda"):
+                raise TypeError(f"RTRL: {name} is on {weight.device}; use the CPU or CUDA")
         return layer
 
     def parameters(self) -> list[Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._chunked import Chunked
+from ._composed import Composed
 from ._influence import Influence
 from ._layer import Layer, Status
 
@@ -36,12 +37,15 @@ class RTRL:
 
     With H hidden units, P parameters (about G H (I + H) for G gates) and B streams:
 
-    - "exact": all of dh_t/dtheta. Memory B H P (LSTM: twice that), time B H^2 P a step.
+    - "exact": all of dh_t/dtheta. Memory B H P (LSTM: twice that) and time B H P for a gradient. On
+      the CPU dh_t/dtheta follows the state once in 32 steps, with a product of B H^2 P operations
+      that makes this one step longer than the others; what 32 steps need is kept beside it, and
+      `accumulate` goes back through them first, so gradients are exact at every step. On CUDA every
+      step has its product.
     - "snap1": of each parameter only the influence on its own unit (SnAp-1). An approximation, and
       for units that do not act on each other exact. Memory and time B P.
-    - "chunked": exact, with backpropagation inside chunks of H steps. Memory as "exact", time less
-      by a factor that grows with H, but gradients arrive at the end of a chunk: with the step
-      after its last, or `flush`.
+    - "chunked": exact, with backpropagation inside chunks of H steps. Memory as "exact", and less
+      time, as gradients arrive once a chunk, at its end: with the step after its last, or `flush`.
 
     The weights may change between steps. dh_t/dtheta is then a sum in which every past step has
     the derivative at the weights that it had: that of the state that was in fact reached, if all
@@ -52,7 +56,9 @@ class RTRL:
 
     Args:
         module: an `rnn_ext.RNN`, `LSTM` or `GRU` with one layer and one direction, without
-            projection, in float32 or float64, on the CPU. `batch_first` plays no role.
+            projection, in float32 or float64, on the CPU or on CUDA, where "exact" and "snap1" are
+            torch operations, "chunked" the layers' kernels, and the device is waited for once a
+            step. `batch_first` plays no role.
         mode: "exact", "snap1" or "chunked". "snap1" is not for ``GRU(reset_after=False)``, where
             the reset gate of a unit touches all units in one step.
         chunk: keyword only; steps in a chunk, default ``module.hidden_size``.
@@ -83,7 +89,7 @@ class RTRL:
         self.mode = mode
         self._chunk = chunk or self._layer.hidden_size
         self._steps = 0
-        self._carried: Influence | Chunked | None = None
+        self._carried: Influence | Composed | Chunked | None = None
 
     @property
     def module(self) -> Any:
@@ -208,7 +214,7 @@ class RTRL:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken.
+        """Goes on where `state_dict` was taken; unless "chunked", on the same kind of device.
 
         Raises:
             ValueError: the state is of another mode, cell, size or dtype.
@@ -241,7 +247,9 @@ class RTRL:
     def _make(self, batch):
         if self.mode == "chunked":
             return Chunked(self._layer, batch, self._chunk)
-        return Influence(self._layer, batch, diagonal=self.mode == "snap1")
+        on_cpu = self._layer.parameters()[0].is_cpu
+        kind = Influence if on_cpu else Composed
+        return kind(self._layer, batch, diagonal=self.mode == "snap1")
 
     def _refuse(self, dL_dh=None):
         if dL_dh is not None and not _finite(dL_dh):
@@ -260,10 +268,15 @@ class RTRL:
                 f"{list(value.shape)}"
             )
         weight = self._layer.parameters()[0]
-        if value.device != weight.device or weight.device.type != "cpu":
+        if value.device != weight.device:
             raise ValueError(
-                f"RTRL: {name} is on {value.device} and the weights on {weight.device}; RTRL runs "
-                "on the CPU alone, move them there"
+                f"RTRL: {name} is on {value.device} and the weights on {weight.device}; move one "
+                "of them"
+            )
+        if self._carried is not None and self._carried.h.device != weight.device:
+            raise ValueError(
+                f"RTRL: the weights moved to {weight.device}, but the stream is on "
+                f"{self._carried.h.device}; call reset() to begin anew"
             )
         if value.dtype != weight.dtype:
             raise TypeError(
