@@ -10,6 +10,7 @@ CELLS = ("rnn", "gru", "lstm")
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 MODES = ("inference", "training", "memory")
 ONLINE = ("exact", "snap1", "chunked")  # modes of real-time recurrent learning
+PENDING = 32  # steps that the influence of exact RTRL may lag behind
 ITEM_SIZE = {"float32": 4, "float64": 8, "bfloat16": 2}
 ALL = None  # as many threads as torch uses
 SHORTEST = 0.16  # of the longest sequence; lengths are even between the two, 58 % on average
@@ -116,19 +117,25 @@ def products(case, cell, mode):
 
 
 def _influence(case, cell, mode):
-    """The product of RTRL with the influence of P parameters on all units; SnAp-1 goes over the
-    influence on the own unit, which it has to read. The LSTM has two states."""
+    """What RTRL does with the influence of P parameters on all units; SnAp-1 goes over that on the
+    own unit, which it has to read. The LSTM has two states.
+
+    Exact, a gradient reads all of it, and goes back through 16 pending steps in the mean; the
+    influence takes the pending steps with a product with dh_t/dh_{t-32} once in 32 steps.
+    """
     states, h = 2 if cell == "lstm" else 1, case.hidden
     parameters = GATES[cell] * h * (case.inputs + h + 2)
-    samples = case.steps * case.batch
+    samples, rows = case.steps * case.batch, states * h
     if mode == "snap1":
         size = ITEM_SIZE[case.dtype] * states * parameters * case.batch
         return Product(4.0 * samples * states * parameters, size, case.steps, size)
     if mode == "exact":
-        return Product(2.0 * samples * states * h * h * parameters, 0, 0, 0)
+        size = ITEM_SIZE[case.dtype] * rows * parameters * case.batch
+        operations = 4.0 * rows + 2.0 * rows**2 / PENDING + PENDING
+        return Product(samples * parameters * operations, size, case.steps, size)
     # Once in H steps the product with dh_t/dh_{t-H}, and a backward pass for every unit.
     passes = 4.0 * GATES[cell] * h * h + 2.0 * GATES[cell] * h * case.inputs
-    return Product(samples * states * (2.0 * states * h * parameters + h * passes), 0, 0, 0)
+    return Product(samples * states * (2.0 * rows * parameters + h * passes), 0, 0, 0)
 
 
 def flops(case, cell, mode):

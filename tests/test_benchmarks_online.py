@@ -68,16 +68,16 @@ def test_nothing_wrong_is_timed(mode, monkeypatch):
 
 
 def test_work_by_hand():
-    """P of a GRU with I = 4, H = 5; the LSTM has two states; chunks pay off as H grows."""
+    """P of a GRU with I = 4, H = 5; the LSTM has two states; a product once in 32 steps."""
     parameters = 3 * 5 * (4 + 5 + 2)
-    assert cases.flops(TINY, "gru", "exact") == 2 * 2 * 5 * 5 * parameters
-    assert cases.flops(TINY, "lstm", "exact") == 2 * 2 * 2 * 5 * 5 * parameters / 3 * 4
+    of_gru = 2 * parameters * (4 * 5 + 2 * 5 * 5 / 32 + 32)
+    of_lstm = 2 * parameters / 3 * 4 * (4 * 10 + 2 * 10 * 10 / 32 + 32)
+    assert cases.flops(TINY, "gru", "exact") == pytest.approx(of_gru)
+    assert cases.flops(TINY, "lstm", "exact") == pytest.approx(of_lstm)
     assert cases.flops(TINY, "gru", "snap1") == 4 * 2 * parameters
-    shares = []
-    for hidden in (8, 32, 128):
-        case = Case("online", 1, hidden, hidden, hidden)
-        shares.append(cases.flops(case, "gru", "chunked") / cases.flops(case, "gru", "exact"))
-    assert shares[0] > 2 * shares[1] > 4 * shares[2] and shares[2] < 0.1
+    (product,) = cases.products(TINY, "lstm", "exact")
+    assert product.weight_bytes == product.working_set == 4 * 2 * 10 * parameters / 3 * 4
+    assert cases.PENDING == rnn_ext._C.rtrl_pending_steps
 
 
 def test_tables_promises_and_pictures(tmp_path):
@@ -96,10 +96,11 @@ def test_tables_promises_and_pictures(tmp_path):
     assert sum("real-time recurrent learning" in line for line in lines) == 3
     assert sum("as fast as exact" in line for line in lines) == 4
     large = Case("online", 16, 1, 128, 128)
-    fields = {"case": large.name, "group": "online"}
+    bound = {"seconds": 1e-9, "bound": "weights"}
+    fields = {"case": large.name, "group": "online", "limit": bound}
     record["rows"] = [each | fields for each in rows if each["mode"] == "exact"][:1]
     found = {result.text: result for result in measures.results(record)}
-    share = found["exact RTRL, share of the FMA peak, one thread, H 128, B 16"]
+    share = found["exact RTRL, share of what arithmetic and memory allow, one thread, H 128, B 16"]
     assert share.target == 0.7 and share.rows == 1 and share.needed == 3
     figure = plots.online(rows)
     figure.savefig(tmp_path / "online.png")
