@@ -6,9 +6,9 @@ Gradients are clipped and looked at in the backward loop, and less is kept than 
 import numpy as np
 import pytest
 import torch
-from cases import CELLS, make_case, run, run_ours, with_resets
+from cases import CELLS, VARIANTS, make_case, run, run_ours, with_resets
 from emulated import emulation
-from emulated_checks import VARIANTS, away_from_the_kink
+from emulated_checks import away_from_the_kink
 from gradient_cases import CLIPS, control, reference_gradients
 
 from rnn_ext import control as controls
