@@ -21,7 +21,8 @@ class Case:
     """One call of a module, and how it is measured.
 
     ragged: a PackedSequence. stateful: the call is given a state. resets: at this share of the
-    steps of a sequence a new episode begins. layer_norm: of the LSTM. vocabulary: if not 0, a
+    steps of a sequence a new episode begins. layer_norm: of the LSTM. options: also with each of
+    peers.OPTIONS, to see what it costs. vocabulary: if not 0, a
     language model generates the steps, tokens of so many. neighbours: processes that keep a CPU
     busy meanwhile. threads: measured with so many, unless the user says otherwise.
     """
@@ -38,6 +39,7 @@ class Case:
     resets: float = 0.0
     vocabulary: int = 0
     layer_norm: bool = False
+    options: bool = False
     dtype: str = "float32"
     neighbours: int = 0
     threads: tuple = (ALL,)
@@ -53,6 +55,7 @@ class Case:
         parts += ["resets"] if self.resets else []
         parts += [f"v{self.vocabulary}"] if self.vocabulary else []
         parts += ["layer-norm"] if self.layer_norm else []
+        parts += ["options"] if self.options else []
         parts += ["busy"] if self.neighbours else []
         return "-".join(parts)
 
@@ -208,9 +211,11 @@ def _in(dtype):
 def _beyond():
     resets = {"resets": 0.01, "modes": ("training",)}
     normalized = {"layer_norm": True, "cells": ("lstm",), "modes": ("training",)}
+    options = {"options": True, "modes": ("training",)}
     return [
         *[Case("beyond", batch, 64, 256, 256, **resets) for batch in (4, 128)],
         *[Case("beyond", batch, 64, 256, 256, **normalized) for batch in (1, 32)],
+        *[Case("beyond", batch, 64, 256, 256, **options) for batch in (1, 32)],
     ]
 
 

@@ -73,6 +73,18 @@ def checked_ours(problem, training, truth, floor):
     return runner, gate.check_ours(found, floor, problem.upstream.dtype)
 
 
+def checked_option(problem, name):
+    """As `checked_ours`; the truth is the same in torch operations, with masks of the same seed."""
+    found = []
+    for which, backend in ((problem, "auto"), (problem.to(torch.float64), "reference")):
+        runner = peers.with_option(which, name)
+        with torch.random.fork_rng(devices=[]), rnn_ext.use_backend(backend):
+            torch.manual_seed(0)
+            found.append((runner, results_of(runner, training=True)))
+    (runner, results), (_, truth) = found
+    return runner, gate.check_peer(gate.errors(results, truth), problem.upstream.dtype)
+
+
 def variants(problem, training, truth):
     """{name: (Runner, largest error)} of other ways to call ours that tell more about a case."""
     case, found = problem.case, {}
@@ -88,6 +100,8 @@ def variants(problem, training, truth):
         found["without resets"] = checked_ours(
             plain, training, *truth_of(plain, reference, training)
         )
+    for name in peers.options_of(case, problem.cell):
+        found[name] = checked_option(problem, name)
     for kind in peers.quantizable(case, training):
         runner = peers.quantized(problem, kind)
         errors = gate.errors(results_of(runner, training), truth)

@@ -217,6 +217,13 @@ def _beyond(rows):
         alone = row.get("variants", {}).get("without resets")
         return alone and 1 / alone["ratio"]["median"]
 
+    def option(name):
+        def cost(row):
+            found = row.get("variants", {}).get(name)
+            return found and found["ratio"]["median"]
+
+        return cost
+
     found = []
     for batch, target in ((128, 2.5), (4, 8.0)):
         chosen = rows.pick("beyond", cell="lstm", case=f"b{batch}-t64-i256-h256-resets")
@@ -228,7 +235,15 @@ def _beyond(rows):
         found += worst(text, target, chosen, against(TORCH), 1)
     text = "resets in 1 % of the steps cost the LSTM, 1.0 is none"
     chosen = rows.pick("beyond", cell="lstm")
-    return found + worst(text, 1.05, chosen, cost, 2, at_most=True)
+    found += worst(text, 1.05, chosen, cost, 2, at_most=True)
+    for name, limit, needed in (
+        ("zoneout", 1.15, 6),
+        ("weight dropout", 1.15, 6),
+        ("reset before the product", 1 / 0.85, 2),
+    ):
+        text = f"training with {name} takes, 1.0 is without"
+        found += worst(text, limit, rows.pick("beyond"), option(name), needed, at_most=True)
+    return found
 
 
 def _generate(rows):

@@ -12,6 +12,11 @@ import rnn_ext
 from .problem import as_tuple, calls
 
 OURS, TORCH = "rnn_ext", "torch.nn"
+OPTIONS = {  # of our layers in training, named as what they are
+    "zoneout": {"zoneout": 0.1},
+    "weight dropout": {"weight_dropout": 0.2},
+    "reset before the product": {"reset_after": False},  # of the GRU
+}
 UNROLLED_AT_MOST = 16  # steps, times layers, times directions: compiling takes seconds for each
 
 
@@ -150,6 +155,17 @@ def one_direction(problem):
 
 def without_resets(problem):
     return replace(problem, case=replace(problem.case, resets=0.0), resets=None)
+
+
+def options_of(case, cell):
+    """The names of `OPTIONS` that are measured with a case."""
+    known = [name for name in OPTIONS if cell == "gru" or "reset_after" not in OPTIONS[name]]
+    return known if case.options else []
+
+
+def with_option(problem, name):
+    """A training step of ours with an option."""
+    return Runner(*calls(problem, problem.module(rnn_ext, **OPTIONS[name]), training=True))
 
 
 def quantized(problem, kind):

@@ -25,14 +25,14 @@ class Problem:
     upstream: torch.Tensor
     resets: torch.Tensor | None = None
 
-    def module(self, library):
-        """A layer of ``library`` (torch.nn or rnn_ext) with these weights."""
+    def module(self, library, **options):
+        """A layer of ``library`` (torch.nn or rnn_ext) with these weights and ``options``."""
         case = self.case
         if self.resets is not None and library is torch.nn:
             return CellLoop(self)
         if case.layer_norm and library is torch.nn:
             return LayerNormLoop(self.weights)
-        options = {"layer_norm": True} if case.layer_norm else {}
+        options |= {"layer_norm": True} if case.layer_norm else {}
         module = getattr(library, CLASSES[self.cell])(
             case.inputs, case.hidden, case.layers, bidirectional=case.bidirectional, **options
         )

@@ -2,7 +2,7 @@
 
 import math
 
-from .peers import OURS, TORCH
+from .peers import OPTIONS, OURS, TORCH
 
 RESOLUTION = 1 << 20  # bytes; the peak of a process is not known more exactly
 
@@ -72,6 +72,8 @@ def remarks(row):
             found.append(f"{ratio:.2f}x as fast as exact")
         elif name == "without resets":
             found.append(f"costs {1 / ratio:.2f}x the layer without resets")
+        elif name in OPTIONS:
+            found.append(f"{name} costs {ratio:.2f}x")
         else:
             found.append(f"{name}: {1 / ratio:.2f}x as fast, error {variant['error']:.1g}")
     if (ours := slowdown(row)) is not None:

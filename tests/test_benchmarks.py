@@ -250,6 +250,17 @@ def test_weights_with_fewer_bits(monkeypatch):
     assert "off by" in time_tiny("inference", case=case)["wrong"]
 
 
+@pytest.mark.filterwarnings("ignore:.*composed of torch operations")
+def test_what_options_cost(monkeypatch):
+    case = replace(TINY, options=True)
+    row = time_tiny(case=case)
+    assert row["variants"].keys() == {"zoneout", "weight dropout", "reset before the product"}
+    assert all(found["error"] < 1e-5 for found in row["variants"].values())
+    # Masks of another seed are not the same layer.
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
+    assert "off by" in time_tiny(case=case)["wrong"]
+
+
 def test_busy_neighbours():
     """They compute while the context lasts, and are gone afterwards."""
     started = []

@@ -144,6 +144,7 @@ def test_promises_of_one_row_each():
     halved = {
         f"{kind} weights": {"ratio": {"median": 0.5}, "error": 0.0} for kind in ("bf16", "int8")
     }
+    options = {"zoneout": {"ratio": {"median": 1.25}, "error": 0.0}}
     thin = "b64-t50-i1024-h1024"
     found = promises(
         [
@@ -153,6 +154,7 @@ def test_promises_of_one_row_each():
             fake_row("core", "b1-t200-i64-h1024", variants=halved),
             fake_row("core", thin, "lstm", "training", ratio=1.05),
             fake_row("ragged", cell="lstm", ratio=3.0),
+            fake_row("beyond", mode="training", variants=options),
             fake_row("float64", cell="lstm", ratio=3.0, dtype="float64"),
             fake_memory(ours=5_400_000),
         ]
@@ -167,6 +169,7 @@ def test_promises_of_one_row_each():
         "int8 weights against our float32, batch 1, H 1024": (2.0, False),
         "one step, B 1, H 256, LSTM, one thread, against torch.nn": (8.5, True),
         "packed LSTM against torch.nn": (3.0, False),
+        "training with zoneout takes, 1.0 is without": (1.25, False),
         "two directions cost, one is 1.0, B <= 4": (1.25, True),
         "float64 LSTM against torch.nn": (3.0, True),
         "peak of a training step, torch.nn's over ours": (1.667, True),
@@ -197,12 +200,13 @@ def test_what_else_is_said_of_a_row():
     variants = {
         "one direction": {"ratio": {"median": 0.8}, "error": 1e-7},
         "bf16 weights": {"ratio": {"median": 0.5}, "error": 2e-3},
+        "zoneout": {"ratio": {"median": 1.25}, "error": 1e-7},
     }
     quiet = {"rnn_ext": {"median": 1e-4}, "torch.nn": {"median": 1e-3}}
     row = fake_row(variants=variants, quiet=quiet)
     text = report.text_row(row, ["torch.nn"])
     assert "costs 1.25x one direction" in text
-    assert "bf16 weights: 2.00x as fast, error 0.002" in text
+    assert "bf16 weights: 2.00x as fast, error 0.002" in text and "zoneout costs 1.25x" in text
     assert "slows us 10.00x, torch.nn 2.00x" in text and "slowed MORE than torch.nn" in text
     assert rows.losses(fake_row(quiet={"rnn_ext": {"median": 1e-3}} | quiet)) != []
     same = {"rnn_ext": {"median": 1e-3}, "torch.nn": {"median": 1e-3}}
