@@ -1,7 +1,6 @@
 // A team of threads that really run together, with a barrier cheap enough to stand in every time
 // step.
 #pragma once
-#include <sched.h>
 
 // torch's OpenMP runtime, called directly: compiling with -fopenmp could bring a second runtime
 // into the process.
@@ -24,35 +23,48 @@ inline void spin_pause() {
 // A dissemination barrier (Hensgen, Finkel and Manber 1988): in round r a member tells the one 2^r
 // places on and waits for the one 2^r places back, each flag on a cache line of its own. For two
 // members that is a single exchange, half of what a counter that both increment costs.
-// Spins with bounded patience, then gives the core away: a team shares the machine with others.
+// Spins with bounded patience, then gives the core away: a team shares the machine with others. A
+// member on the same core as the one it waits for gives it away at once.
 class Barrier {
  public:
   static constexpr int kMaxMembers = 128;
 
   explicit Barrier(int members) {
-    for (int i = 0; i < members; i++)
+    for (int i = 0; i < members; i++) {
       for (int r = 0; r < kRounds; r++) flags_[i][r].count = 0;
+      cores_[i].number = -1;
+    }
   }
   // `count`: how often this member has waited, this time included
   void wait(int id, int members, int count) {
     for (int r = 0, distance = 1; distance < members; r++, distance *= 2) {
       const int to = id + distance < members ? id + distance : id + distance - members;
       __atomic_store_n(&flags_[to][r].count, count, __ATOMIC_RELEASE);
-      for (int spins = 0; __atomic_load_n(&flags_[id][r].count, __ATOMIC_ACQUIRE) < count;) {
-        if (++spins < kPatience)
-          spin_pause();
-        else
-          sched_yield();
-      }
+      const int from = id >= distance ? id - distance : id - distance + members;
+      for (int spins = 0; !arrived(flags_[id][r], count); spin_pause())
+        if (++spins == kSpins) {
+          wait_longer(flags_[id][r], count, cores_[id], cores_[from]);
+          break;
+        }
     }
   }
 
  private:
-  static constexpr int kPatience = 4000, kRounds = 7;
+  static constexpr int kSpins = 64, kRounds = 7;
   struct alignas(64) Flag {
     int count;
   };
+  struct alignas(64) Core {
+    int number;  // where the member last waited long, -1: nowhere yet
+  };
+
+  static bool arrived(const Flag& flag, int count) {
+    return __atomic_load_n(&flag.count, __ATOMIC_ACQUIRE) >= count;
+  }
+  static void wait_longer(const Flag& flag, int count, Core& own, const Core& other);
+
   Flag flags_[kMaxMembers][kRounds];
+  Core cores_[kMaxMembers];
 };
 
 struct Member {
