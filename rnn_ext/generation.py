@@ -54,9 +54,11 @@ def generate(
     On the CPU the whole loop (embedding, layers, head, choice) is one call of C++ that leaves the
     interpreter to other threads, for `torch.nn.Embedding`, one direction of RNN, LSTM or GRU
     (rnn_ext's, quantized too, or torch.nn's, whose weights are used as they are) and
-    `torch.nn.Linear` in float32, float64 or bfloat16. Everything else runs the same loop in Python,
-    with a `FallbackWarning` that names the reason. No gradients; layers do not drop anything out,
-    as in eval mode.
+    `torch.nn.Linear` in float32, float64 or bfloat16. On CUDA one step is captured as a graph and
+    replayed, and tokens are chosen on the device, for the same modules and float16, but for
+    quantized ones and beam search. Everything else runs the same loop in Python, with a
+    `FallbackWarning` that names the reason. No gradients; layers do not drop anything out, as in
+    eval mode.
 
     Sampling takes the numbers of torch's generators as `torch.multinomial` does, so that it gives
     the tokens of the usual loop with ``torch.multinomial(torch.softmax(logits / temperature, -1),
@@ -76,8 +78,9 @@ def generate(
         top_p: then among the fewest of them, likeliest first, whose probabilities sum to top_p or
             more (Holtzman et al. 2020, arXiv:1904.09751).
         eos: the token that ends a sequence. It is kept; ``pad`` follows. All ended: the call ends.
-        seed: an int, which seeds a `torch.Generator` for this call, or a `torch.Generator` on the
-            CPU; None: torch's default one.
+        seed: an int, which seeds a `torch.Generator` for this call, or a `torch.Generator`; None:
+            torch's default one. Each on the device of the model: one seed draws other numbers on
+            CUDA than on the CPU. A generator on the CPU serves a model on CUDA too, in Python.
         lengths: int [B], where prefixes are shorter than P and padded at their end. A row's new
             tokens follow its own prefix.
         hx: the state before the prefix, as ``rnn`` takes it. None: zeros.
@@ -196,12 +199,9 @@ class Options:
                 f"{name}: beam search draws nothing: leave out temperature, top_k, top_p and seed, "
                 "or give beams=1"
             )
-        self.generator = seed
-        if isinstance(seed, torch.Generator):
-            if seed.device.type != "cpu":
-                raise ValueError(f"{name}: seed must be a generator on the CPU, got {seed.device}")
-        elif seed is not None:
-            self.generator = torch.Generator().manual_seed(self.whole("seed", seed, None))
+        self.seed = seed
+        if seed is not None and not isinstance(seed, torch.Generator):
+            self.seed = self.whole("seed", seed, None)
 
     def also(self, length_penalty, pad, return_log_probs):
         self.length_penalty = self.number("length_penalty", length_penalty)
@@ -226,16 +226,32 @@ class Options:
             raise TypeError(f"{self.name}: {key} must be a number, got {value!r}")
         return float(value)
 
-    def choice(self, batch, tokens):
-        """What chooses among so many tokens for so many sequences."""
+    def generator(self, device):
+        """The generator that draws on ``device``, or None for torch's default one there."""
+        if self.seed is None:
+            return None
+        if not isinstance(self.seed, torch.Generator):
+            return torch.Generator(device).manual_seed(self.seed)
+        if self.seed.device.type != device.type:
+            where = {"cpu": "the CPU", "cuda": "CUDA"}.get(device.type, device.type)
+            raise ValueError(
+                f"{self.name}: seed must be a generator on {where}, got {self.seed.device}"
+            )
+        return self.seed
+
+    def check_eos(self, tokens):
         if self.eos is not None and self.eos >= tokens:
             raise ValueError(
                 f"{self.name}: eos is {self.eos}, but the head gives logits for {tokens} tokens"
             )
+
+    def choice(self, batch, tokens):
+        """What chooses among so many tokens for so many sequences."""
+        self.check_eos(tokens)
         return _C.TokenChoice(
             batch, tokens, self.steps, self.temperature, self.top_k, self.top_p,
             -1 if self.eos is None else self.eos, self.return_log_probs, self.beams,
-            self.length_penalty, self.generator,
+            self.length_penalty, self.generator(torch.device("cpu")),
         )  # fmt: skip
 
     def result(self, choice, prefix, lengths, batched):

@@ -13,6 +13,7 @@ from .layers import RecurrentLayers
 from .modules import GRU, LSTM, RNN
 from .quantization import QuantizedLayers
 from .swap import accelerate, own_class
+from .token_loop import TokenLoop
 
 if TYPE_CHECKING:
     from .generation import Options
@@ -86,7 +87,7 @@ class Model:
 
     def run(
         self, options: "Options", output: Tensor | None, state: Any, tokens: Tensor | None
-    ) -> _C.TokenChoice:
+    ) -> _C.TokenChoice | TokenLoop:
         """Chooses all tokens; ``tokens`` [B] are read first where there is no ``output``."""
         if options.beams > 1:
             repeated = [
@@ -108,9 +109,35 @@ class Model:
                 choice, h, c, tokens,
             )  # fmt: skip
             return choice
+        if (tokens if output is None else output).is_cuda:
+            obstacle = self._obstacle_on_cuda(options, state)
+            if obstacle is None:
+                loop = self._token_loop(options, output, state, tokens)
+                loop.run()
+                return loop
         if current() == "auto":
             warn_once(f"{self.name}: a loop in Python serves instead of one call: {obstacle}")
         return self._loop(options, output, state, tokens)
+
+    def _token_loop(self, options, output, state, tokens):
+        """What is captured on CUDA; on other devices its steps run one by one."""
+        options.check_eos(self.head.out_features)
+        pair = isinstance(state, (tuple, list))
+        first = getattr(self.rnn, "batch_first", False)
+
+        def read(tokens, states):
+            x = self.embedding(tokens.unsqueeze(1))
+            x, hx = x if first else x.transpose(0, 1), states if pair else states[0]
+            output, new = self.rnn(x, hx)[:2]
+            return output[:, -1] if first else output[-1], new if pair else (new,)
+
+        states = tuple(state) if pair else (state,)
+        if output is None:
+            output, states = read(tokens, states)
+        device = output.device
+        owned = [part.clone(memory_format=torch.contiguous_format) for part in (output, *states)]
+        generator = options.generator(device)
+        return TokenLoop(options, read, self.head, owned[0], tuple(owned[1:]), generator)
 
     def _loop(self, options, output, state, tokens):
         first, choice = getattr(self.rnn, "batch_first", False), None
@@ -134,6 +161,22 @@ class Model:
         """Why the loop of C++ does not run this (a phrase), or None."""
         if current() not in ("auto", "cpu"):
             return f"use_backend({current()!r}) is active"
+        return self._unusual(state) or self._uncovered(state, "cpu")
+
+    def _obstacle_on_cuda(self, options, state):
+        """Why no step of this is captured (a phrase), or None."""
+        if current() != "auto" and not current().startswith("cuda"):
+            return f"use_backend({current()!r}) is active"
+        if options.beams > 1:
+            return "beam search runs on the host"
+        if isinstance(options.seed, torch.Generator) and options.seed.device.type == "cpu":
+            return "seed is a generator on the CPU"
+        if isinstance(self.rnn, QuantizedLayers):
+            return "quantized layers are for the CPU"
+        return self._unusual(state) or self._uncovered(state, "cuda")
+
+    def _unusual(self, state):
+        """What keeps a loop of ours from running these modules in this place, or None."""
         if not is_plain_call() if current() == "auto" else torch._C._is_any_autocast_enabled():
             return "autocast, a transform of torch.func or a tracer is active"
         for key, module, known in (
@@ -154,14 +197,19 @@ class Model:
             for option in self.rnn._all_options():
                 if not option.startswith(_WITHOUT_EFFECT):
                     return f"rnn has {option}"
+        return None
+
+    def _uncovered(self, state, device):
+        """Why the kernels of this device do not take the weights and the state, or None."""
         weight = self.embedding.weight
         others = [self.head.weight, self.head.bias, *(state if type(state) is tuple else (state,))]
         groups = () if isinstance(self.rnn, QuantizedLayers) else self.rnn._weights()
         for tensor in (weight, *others, *(tensor for group in groups for tensor in group)):
             if tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter):
                 return f"a weight or state is a {type(tensor).__name__}"
-            if tensor is not None and not tensor.is_cpu:
-                return f"it is for the CPU, not for device {tensor.device.type!r}"
+            if tensor is not None and tensor.device.type != device:
+                kind = "the CPU" if device == "cpu" else "CUDA"
+                return f"it is for {kind}, not for device {tensor.device.type!r}"
         if not groups and weight.dtype != torch.float32:
             return "a quantized rnn computes in float32"
         return uncovered(weight, others, groups)
