@@ -59,6 +59,9 @@ def exit_code(main, arguments):
         if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # of rnn_ext.online
+        print(f"error: {error}; lower --lr", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0

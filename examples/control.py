@@ -101,7 +101,8 @@ class ControlLearner(training.Learner):
         for _ in range(PASSES):
             for part in torch.randperm(self.args.batch).chunk(PARTS):
                 begun = map_state(lambda s, part=part: s[:, part], self.begun)
-                self.descend(self.loss(begun, *(x[:, part] for x in data)), self.args.clip)
+                loss = self.loss(begun, *(x[:, part] for x in data))
+                self.require_sane(self.descend(loss, self.args.clip), step)
         self.begun = state
         self.learning.append(time.perf_counter() - start)
         self.state = (self.state + self.carts.returns)[-100:]
@@ -189,8 +190,7 @@ def draw(args, learners, per_step):
         axes["a"].axhline(150, color=plots.MUTED, linestyle="--", linewidth=1, label="goal: 150")
         axes["a"].set(title="Return, mean of the last 100 episodes", ylabel="steps in balance")
         axes["a"].set_xlabel("steps of a cart, in thousands")
-        axes["b"].set(title="The same over time", xlabel="seconds of training")
-        axes["b"].set_ylabel("steps in balance")
+        axes["b"].set(title="The same over time", xlabel="seconds", ylabel="steps in balance")
         axes["a"].legend()
         plots.step_times(axes["c"], learners)
 

@@ -65,24 +65,24 @@ class Learner:
             start = time.perf_counter()
             self.losses.append(self.train_step(step))
             self.seconds.append(time.perf_counter() - start)
-            self.require_sane(self.losses[-1])
+            self.require_sane(self.losses[-1], step)
 
     @torch.no_grad()
     def evaluate_now(self):
         self.model.eval()
         self.held_out.append([len(self.losses), self.evaluate()])
         if not math.isfinite(self.held_out[-1][1]):
-            self.require_sane(math.nan)
+            self.require_sane(math.nan, len(self.losses) - 1)
 
     @property
     def score(self):
         """The headline of the last evaluation, as a number."""
         return self.SCORES[0].of(self.held_out[-1][1])
 
-    def require_sane(self, loss):
+    def require_sane(self, loss, step):
         if not loss < 700:  # nan, infinite, or a perplexity too large for a float
-            step = f"{loss:.3g} at step {len(self.losses):,}"
-            raise InputError(f"the loss became {step}; lower --lr or --clip")
+            what = f"{loss:.3g} at step {step + 1:,}"
+            raise InputError(f"the loss became {what}; lower --lr or --clip")
 
     def state_dict(self):
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}

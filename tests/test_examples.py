@@ -251,6 +251,13 @@ def test_bad_input_is_a_sentence(run_example, tmp_path, name, options, words):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("name", ["control", "online_rtrl"])
+def test_a_rate_that_is_too_high_is_a_sentence(run_example, name):
+    skip_without(name)
+    code, _, err = run_example(name, "--quick", "--lr", "1e30", "--steps", "50")
+    assert code == 2 and "lower --lr" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("name", "file"),
     [
