@@ -48,7 +48,8 @@ def mask(
     kept: float,
     like: Tensor,
 ) -> Tensor:
-    """``kept`` with probability 1 - p, else 0: [N, columns] of the dtype and device of ``like``.
+    """``kept`` with probability 1 - p, else 0: [N, columns] of the dtype and device of ``like``,
+    which may be bool.
 
     Args:
         seed: of `draw_seed`.
@@ -66,7 +67,8 @@ def mask(
     quads = torch.arange((columns + 3) // 4, device=like.device)
     words = _philox(seed, (quads, rows[:, None], steps[:, None], stream))
     words = torch.stack(words, -1).flatten(1)[:, :columns]
-    return (words >= limit).to(like.dtype) * kept
+    chosen = words >= limit
+    return chosen if like.dtype == torch.bool else chosen.to(like.dtype) * kept
 
 
 def _philox(seed, counter):

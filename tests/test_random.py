@@ -42,6 +42,9 @@ def test_the_kernel_fills_what_numpy_does(columns, threads, isa):
         mask = random.mask(torch.tensor(SEED), 9, STEPS, ROWS, columns, 0.3, 2.0, like)
         assert mask.dtype == dtype
         np.testing.assert_array_equal(mask.double(), expected(columns, 0.3, 2.0))
+    like = torch.empty(0, dtype=torch.bool)
+    chosen = random.mask(torch.tensor(SEED), 9, STEPS, ROWS, columns, 0.3, 1.0, like)
+    np.testing.assert_array_equal(chosen, truth.keep(SEED, 9, STEPS, ROWS, columns, 0.3))
 
 
 def test_threads_do_not_change_a_bit():
@@ -64,6 +67,12 @@ def test_torch_operations_fill_the_same():
 
     found = torch.func.grad(fill)(torch.ones(4, 10, dtype=torch.float64))
     np.testing.assert_array_equal(found, expected(10, 0.3, 2.0))
+    like = torch.empty(0, dtype=torch.bool)
+    chosen = torch.func.vmap(
+        lambda x: x * random.mask(torch.tensor(SEED), 9, STEPS, ROWS, 10, 0.3, 1.0, like),
+        randomness="same",
+    )(torch.ones(2, 1))
+    np.testing.assert_array_equal(chosen[1], truth.keep(SEED, 9, STEPS, ROWS, 10, 0.3))
     seed = torch.tensor(SEED)
     compiled = torch.compile(
         lambda x: random.mask(seed, 9, STEPS, ROWS, 10, 0.3, 2.0, x), backend="eager"

@@ -96,6 +96,9 @@ RNN_EXT_VARIANTS void choose(const uint32_t* words, uint32_t threshold, float ke
 RNN_EXT_VARIANTS void choose(const uint32_t* words, uint32_t threshold, double kept, double* out) {
   for (int i = 0; i < kBlock; i++) out[i] = words[i] >= threshold ? kept : 0.0;
 }
+RNN_EXT_VARIANTS void choose(const uint32_t* words, uint32_t threshold, bool kept, bool* out) {
+  for (int i = 0; i < kBlock; i++) out[i] = kept & (words[i] >= threshold);
+}
 
 using Words = void (*)(uint64_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t*);
 
@@ -110,7 +113,8 @@ Words words_of_isa() {
 template <class Value>
 void fill_row(Words words_of, Value* out, int64_t columns, uint64_t seed, uint32_t stream,
               uint32_t step, uint32_t row, uint32_t threshold, Value kept) {
-  using Number = std::conditional_t<std::is_same_v<Value, double>, double, float>;
+  using Wide = std::conditional_t<std::is_same_v<Value, double>, double, float>;
+  using Number = std::conditional_t<std::is_same_v<Value, bool>, bool, Wide>;
   uint32_t words[kBlock];
   Number block[kBlock];
   for (int64_t j = 0; j < columns; j += kBlock) {
@@ -134,8 +138,8 @@ at::Tensor random_mask(int64_t seed, int64_t stream, const at::Tensor& steps,
   const at::Tensor step = steps.to(at::kLong).contiguous(), row = rows.to(at::kLong).contiguous();
   const int64_t *s = step.const_data_ptr<int64_t>(), *r = row.const_data_ptr<int64_t>();
   const Words words_of = words_of_isa();
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kBFloat16, at::kHalf, result.scalar_type(), "random_mask", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND3(
+      at::kBFloat16, at::kHalf, at::kBool, result.scalar_type(), "random_mask", [&] {
         scalar_t* out = result.mutable_data_ptr<scalar_t>();
         const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
         at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
