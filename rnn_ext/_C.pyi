@@ -8,6 +8,7 @@ from torch import Tensor
 
 _Optional: TypeAlias = Tensor | None
 _Wanted: TypeAlias = Sequence[bool]
+_Zoneout: TypeAlias = tuple[Tensor, _Optional] | None
 
 built_for_torch: str
 compiler: str
@@ -26,6 +27,7 @@ def layer_forward(
     batch_sizes: _Optional,
     reverse: bool,
     resets: _Optional,
+    zoneout: _Zoneout,
     save: bool,
     backend: str,
     /,
@@ -43,6 +45,7 @@ def layer_backward(
     batch_sizes: _Optional,
     reverse: bool,
     resets: _Optional,
+    zoneout: _Zoneout,
     states: Tensor,
     cells: _Optional,
     gates: _Optional,
@@ -71,6 +74,7 @@ def partial_forward(
     batch_sizes: _Optional,
     reverse: bool,
     parted: _Optional,
+    zoneout: _Zoneout,
     keep_gates: bool,
     planned: tuple[int, int],
     backend: str,
@@ -82,6 +86,7 @@ def partial_backward(
     batch_sizes: _Optional,
     reverse: bool,
     parted: _Optional,
+    zoneout: _Zoneout,
     kept: Sequence[_Optional],
     isa: str,
     upstream: Sequence[_Optional],
@@ -100,6 +105,7 @@ def both_forward(
     tensors: Sequence[Sequence[_Optional]],
     batch_sizes: _Optional,
     resets: _Optional,
+    zoneout: Sequence[_Zoneout],
     save: bool,
     backend: str,
     /,
@@ -109,7 +115,8 @@ def both_backward(
     input: Tensor,
     tensors: Sequence[Sequence[_Optional]],
     batch_sizes: _Optional,
-    parted: _Optional,
+    resets: _Optional,
+    zoneout: Sequence[_Zoneout],
     kept: Sequence[Sequence[_Optional]],
     isa: str,
     upstream: Sequence[Sequence[_Optional]],

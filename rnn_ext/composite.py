@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import normalization
+from .zoneout import Zoneout
 
 __all__ = ["STEPS", "layer"]
 
@@ -80,16 +81,12 @@ def layer(
     resets: Tensor | None = None,
     return_cells: bool = True,
     watch: Callable[[Tensor], Tensor] | None = None,
-    zoneout: tuple[Tensor | float, Tensor | float] | None = None,
+    zoneout: Zoneout | None = None,
 ) -> tuple[Tensor | None, ...]:
     """One layer in one direction; arguments and results as of ``ops.layer``.
 
     ``extras`` are the five tensors of layer normalisation and peepholes, as ``normalization`` has
     them, or none.
-
-    ``zoneout`` says how much of h_{t-1} and of c_{t-1} a step holds on to (Krueger et al. 2017,
-    arXiv:1606.01305): the same share everywhere, or a tensor laid out like the output (c: like the
-    cells) of zeros and ones.
 
     float16 and bfloat16 are computed in float32 and rounded at the end, as the kernels do it.
     ``watch`` gets every h_t and returns what stands for it from then on.
@@ -110,7 +107,7 @@ def layer(
     inputs = steps[::-1] if reverse else steps
     if zoneout is not None:
         step = _holding(step)
-        holds = [_by_step(hold, batch_sizes, len(steps)) for hold in zoneout]
+        holds = [_by_step(hold, input.dtype, batch_sizes, len(steps)) for hold in zoneout]
         inputs = list(zip(inputs, *(hold[::-1] if reverse else hold for hold in holds)))
     if watch is not None:
         step = _watched(step, watch)
@@ -154,9 +151,10 @@ def _holding(step):
     return zoned
 
 
-def _by_step(hold, batch_sizes, steps):
-    if not isinstance(hold, Tensor):
+def _by_step(hold, dtype, batch_sizes, steps):
+    if hold is None or hold.dim() == 0:
         return [hold] * steps
+    hold = hold.to(dtype)
     return hold.unbind(0) if batch_sizes is None else hold.split(batch_sizes.tolist())
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from . import composite, ops, recompute, transforms
 from .backend import current, warn_once
 from .recompute import Flow
+from .zoneout import Zoneout
 
 __all__ = ["Control", "checked_control"]
 
@@ -124,6 +125,7 @@ class Control:
         reverse: bool = False,
         resets: Tensor | None = None,
         return_cells: bool = False,
+        zoneout: Zoneout | None = None,
     ) -> tuple[Any, ...]:
         """As ``ops.layer``."""
         given = (input, *tensors)
@@ -132,6 +134,7 @@ class Control:
             "reverse": reverse,
             "resets": resets,
             "return_cells": return_cells,
+            "zoneout": zoneout,
         }
         recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
         if recorded or transforms.watched():
@@ -147,8 +150,8 @@ class Control:
         if transforms.watched():
             obstacle = "under the transforms of torch.func and in forward mode"
         if obstacle is None and current() != "reference":
-            how = options["batch_sizes"], options["reverse"], options["resets"]
-            return recompute.layer(self, cell, given, *how)
+            names = "batch_sizes", "reverse", "resets", "zoneout"
+            return recompute.layer(self, cell, given, *(options[name] for name in names))
         if not self.looks_at_gradients:
             if obstacle is not None:
                 warn_once(f"rnn_ext: {self} has no effect {obstacle}: everything is kept")
@@ -168,7 +171,7 @@ class Control:
         reverse: bool = False,
         resets: Tensor | None = None,
         return_cells: bool = True,
-        zoneout: tuple[Tensor | float, Tensor | float] | None = None,
+        zoneout: Zoneout | None = None,
     ) -> tuple[Tensor | None, ...]:
         """As ``composite.layer``, with gradients clipped and watched."""
         watch = self._watch(reverse) if self.looks_at_gradients else None

@@ -143,10 +143,12 @@ class ExtendedLayers(WithNormalization, WithStates, Replacement, torch.nn.RNNBas
         own = [f"hidden_size={self.hidden_size}"] if isinstance(self.hidden_size, tuple) else []
         return own + ["bias='single'"] * (self.bias == "single") + list(self._option_words)
 
-    @property
-    def _unserved(self):
-        """Why no kernel serves the layer, whatever its input (a phrase), or None."""
-        return "no kernel has zoneout yet" if self._probability("zoneout") else None
+    def _unserved(self, x):
+        if not self._probability("zoneout"):
+            return None
+        if self._whole_rows:
+            return "layer_norm and peephole have no kernel with zoneout"
+        return "zoneout has no CUDA kernel" if x.is_cuda else None
 
     def extra_repr(self) -> str:
         text = super().extra_repr().replace("bias=single", "bias='single'")

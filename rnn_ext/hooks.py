@@ -82,18 +82,22 @@ class Hooks:
         self, first: int, x: Tensor, group: Sequence[Any], batch_sizes: Tensor | None
     ) -> list[dict[str, Any]]:
         """Further arguments of layer ``first``, for each of its directions."""
-        p = self.zoneout
-        if not p:
+        if not self.zoneout:
             return [{}] * self.directions
         if not self.training:
-            return [{"zoneout": (p, p)}] * self.directions
-        holds = []
-        for direction, (h0, c0, *_) in enumerate(group):
-            layer, rows = first + direction, self._rows_of(x, self.batch, batch_sizes)
-            hold_h = self._hold("zoneout_h", layer, *rows, x, h0)
-            hold_c = 0.0 if c0 is None else self._hold("zoneout_c", layer, *rows, x, c0)
-            holds.append({"zoneout": (hold_h, hold_c)})
-        return holds
+            share = torch.full((), self.zoneout, dtype=torch.float64, device="cpu")
+            pair = share, None if group[0][1] is None else share
+            return [{"zoneout": pair}] * self.directions
+        rows = self._rows_of(x, self.batch, batch_sizes)
+        return [
+            {
+                "zoneout": tuple(
+                    None if state is None else self._hold(purpose, first + k, *rows, x, state)
+                    for purpose, state in zip(("zoneout_h", "zoneout_c"), states)
+                )
+            }
+            for k, states in enumerate(group)
+        ]
 
     def _rows_of(self, x, batch, batch_sizes):
         """Time and sequence of each row of a layer's input."""
@@ -106,8 +110,9 @@ class Hooks:
         ]
 
     def _hold(self, purpose, layer, steps, rows, x, state):
-        kept = self._mask(purpose, layer, steps, rows, state.size(-1), self.zoneout, state, 1.0)
-        return (1 - kept).reshape(*x.shape[:-1], state.size(-1))
+        units, like = state.size(-1), torch.empty(0, dtype=torch.bool, device=x.device)
+        moving = self._mask(purpose, layer, steps, rows, units, self.zoneout, like, 1.0)
+        return moving.logical_not().reshape(*x.shape[:-1], units)
 
     def after(self, first: int, before: Tensor, x: Tensor) -> Tensor:
         """What layer ``first`` hands on, given what reached it and what it computed."""

@@ -10,7 +10,8 @@ csrc/ops/operators.cpp defines them; here they get fake kernels (shapes alone) a
 - ``rnn_ext::random_mask``: the masks of dropouts.
 
 ``tensors`` are h0, c0, w_ih, w_hh, b_ih, b_hh and w_hr of one direction, or of the one forward in
-time and then the one backward. An operator's results alias nothing.
+time and then the one backward. ``hold_h`` and ``hold_c`` are of zoneout: masks of all directions,
+stacked, or a share, as of ``ops.layer``. An operator's results alias nothing.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _C, transforms
+from .zoneout import Zoneout, paired, with_masks
 
 __all__ = ["layer", "packing", "quantized_layer", "random_mask"]
 
@@ -35,10 +37,13 @@ def layer(
     reverse: bool,
     return_cells: bool,
     resets: Tensor | None = None,
+    zoneout: Sequence[Zoneout | None] = (None,),
 ) -> list[tuple[Any, ...]]:
     """As ``ops.layer`` for each of ``directions``, through the operator."""
     tensors = [t for direction in directions for t in direction]
-    results = _operators.layer(cell, input, tensors, batch_sizes, reverse, return_cells, resets)
+    results = _operators.layer(
+        cell, input, tensors, batch_sizes, reverse, return_cells, resets, *_stacked(zoneout)
+    )
     return [
         (*shown, *(None,) * (_SHOWN - len(shown))) for shown in _split(results, len(directions))
     ]
@@ -81,6 +86,16 @@ def random_mask(
     return _operators.random_mask(seed, stream, steps, rows, columns, threshold, kept, dtype)
 
 
+def _stacked(zoneout):
+    """hold_h and hold_c of what each direction has of zoneout."""
+    if zoneout[0] is None:
+        return None, None
+    return [
+        holds[0] if holds[0] is None or holds[0].dim() == 0 else torch.stack(holds)
+        for holds in zip(*zoneout)
+    ]
+
+
 def _split(items, parts):
     size = len(items) // parts
     return [items[k * size : (k + 1) * size] for k in range(parts)]
@@ -107,7 +122,17 @@ def _batch(input, h0, batch_sizes, resets):
     return h0.shape[0] if resets is None else h0.shape[0] // 2
 
 
-def _layer_fake(cell, input, tensors, batch_sizes, reverse, return_cells, resets=None):
+def _layer_fake(
+    cell,
+    input,
+    tensors,
+    batch_sizes,
+    reverse,
+    return_cells,
+    resets=None,
+    hold_h=None,
+    hold_c=None,
+):
     results, lstm = [], cell == "lstm"
     for h0, c0, _, w_hh, *_ in _by_direction(tensors):
         shape, batch = input.shape[:-1], _batch(input, h0, batch_sizes, resets)
@@ -119,7 +144,9 @@ def _layer_fake(cell, input, tensors, batch_sizes, reverse, return_cells, resets
     return results
 
 
-def _layer_forward_fake(cell, input, tensors, batch_sizes, reverse, resets=None):
+def _layer_forward_fake(
+    cell, input, tensors, batch_sizes, reverse, resets=None, hold_h=None, hold_c=None
+):
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     wider = compute != input.dtype
     # What only the kernels read is as wide as what they compute with on the CPU, not on CUDA; what
@@ -142,7 +169,8 @@ def _layer_forward_fake(cell, input, tensors, batch_sizes, reverse, resets=None)
             width = gates * hidden if gates > 1 else 0
         else:
             width = _C.gates_width(cell, hidden, compute.itemsize)
-        middle = cell.startswith("gru") or w_hr is not None
+        made = gates == 1 and hold_h is not None and hold_h.dim() == 0
+        middle = cell.startswith("gru") or w_hr is not None or made
         results += [
             empty(*leading, output_size),
             empty(batch, output_size),
@@ -157,7 +185,17 @@ def _layer_forward_fake(cell, input, tensors, batch_sizes, reverse, resets=None)
 
 
 def _layer_backward_fake(
-    cell, input, tensors, batch_sizes, reverse, kept, upstream, wanted, resets=None
+    cell,
+    input,
+    tensors,
+    batch_sizes,
+    reverse,
+    kept,
+    upstream,
+    wanted,
+    resets=None,
+    hold_h=None,
+    hold_c=None,
 ):
     inputs = [t for direction in _by_direction(tensors) for t in (input, *direction)]
     return [input.new_empty(t.shape) for t, w in zip(inputs, wanted) if w and t is not None]
@@ -189,9 +227,11 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, *arguments):
-        *tensors, batch_sizes, resets, operators, cell, reverse, return_cells = arguments
+        *tensors, batch_sizes, resets, hold_h, hold_c = arguments[:-4]
+        operators, cell, reverse, return_cells = arguments[-4:]
+        more = resets, hold_h, hold_c
         with torch._C._AutoDispatchBelowAutograd():
-            results = operators.layer_forward(cell, input, tensors, batch_sizes, reverse, resets)
+            results = operators.layer_forward(cell, input, tensors, batch_sizes, reverse, *more)
         ctx.set_materialize_grads(False)
         ctx.options = operators, cell, reverse
         shown, kept = [], []
@@ -200,31 +240,35 @@ class _Layer(torch.autograd.Function):
             if cell == "lstm":
                 shown += [c_n, cells] if return_cells else [c_n]
             kept += [output, cells, *saved]
-        ctx.save_for_backward(input, *tensors, batch_sizes, resets, *kept)
+        ctx.save_for_backward(input, *tensors, batch_sizes, *more, *kept)
         return tuple(shown)
 
     @staticmethod
     def backward(ctx, *upstream):
         operators, cell, reverse = ctx.options
-        count = len(ctx.needs_input_grad) - 7  # without input and the six options
+        count = len(ctx.needs_input_grad) - 9  # without input and the eight options
         input, *saved = ctx.saved_tensors
-        tensors, (batch_sizes, resets, *kept) = saved[:count], saved[count:]
+        tensors, (batch_sizes, resets, *holds) = saved[:count], saved[count : count + 4]
+        kept = saved[count + 4 :]
         groups = _by_direction(tensors)
         needed = _by_direction(ctx.needs_input_grad[1 : 1 + count])
         wanted = [(ctx.needs_input_grad[0], *n) for n in needed]
         upstream = [(*d, *(None,) * (_SHOWN - len(d))) for d in _split(upstream, len(groups))]
         if transforms.watched_backward([d for group in upstream for d in group]):
             isa = "cuda" if _on_cuda(input) else _C.cpu_isa()
+            parts = zip((reverse, True), groups, _split(kept, len(groups)), upstream, wanted)
             gradients = [
                 transforms.layer_backward(
-                    transforms.Call(cell, batch_sizes, way, "auto", resets, isa=isa),
+                    transforms.Call(
+                        *(cell, batch_sizes, way, "auto", resets),
+                        with_masks(paired(*holds), lambda hold, k=k: hold[k]),
+                        isa=isa,
+                    ),
                     (input, *group),
                     _saved(*rest[0]),
                     *rest[1:],
                 )
-                for way, group, *rest in zip(
-                    (reverse, True), groups, _split(kept, len(groups)), upstream, wanted
-                )
+                for k, (way, group, *rest) in enumerate(parts)
             ]
         else:
             joined = (
@@ -233,7 +277,7 @@ class _Layer(torch.autograd.Function):
             )
             found = iter(
                 operators.layer_backward(
-                    cell, input, tensors, batch_sizes, reverse, kept, *joined, resets
+                    cell, input, tensors, batch_sizes, reverse, kept, *joined, resets, *holds
                 )
             )
             gradients = [[next(found) if w else None for w in group] for group in wanted]
@@ -241,7 +285,7 @@ class _Layer(torch.autograd.Function):
         return (
             sum(d_input[1:], d_input[0]) if d_input else None,
             *(g for group in gradients for g in group[1:]),
-            *(None,) * 6,
+            *(None,) * 8,
         )
 
 
@@ -259,13 +303,24 @@ def _register(namespace):
     }.items():
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 
-    def layer(keyset, cell, input, tensors, batch_sizes, reverse, return_cells, resets=None):
-        given = (input, *tensors)
+    def layer(
+        keyset,
+        cell,
+        input,
+        tensors,
+        batch_sizes,
+        reverse,
+        return_cells,
+        resets=None,
+        hold_h=None,
+        hold_c=None,
+    ):
+        given, more = (input, *tensors), (resets, hold_h, hold_c)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
             options = operators, cell, reverse, return_cells
-            return list(_Layer.apply(input, *tensors, batch_sizes, resets, *options))
+            return list(_Layer.apply(input, *tensors, batch_sizes, *more, *options))
         with torch._C._AutoDispatchBelowAutograd():
-            return operators.layer(cell, input, tensors, batch_sizes, reverse, return_cells, resets)
+            return operators.layer(cell, input, tensors, batch_sizes, reverse, return_cells, *more)
 
     library.impl("layer", layer, "Autograd", with_keyset=True)
     return library

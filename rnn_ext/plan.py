@@ -101,7 +101,7 @@ def explain(
     if arranged is None:
         raise ValueError(f"explain: {module} cannot take this input; calling it says why")
 
-    reason = module._unserved or uncovered(x, states, weights)
+    reason = module._unserved(x) or uncovered(x, states, weights)
     if getattr(module, "_whole_rows", False):
         control = module._control if torch.is_grad_enabled() else None
         reason = reason or normalized.uncovered(x, control)

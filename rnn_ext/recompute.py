@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _C, transforms
 from .backend import current, warn_once
+from .zoneout import Zoneout, paired, with_masks
 
 __all__ = ["Flow", "layer"]
 
@@ -98,9 +99,11 @@ def layer(
     batch_sizes: Tensor | None,
     reverse: bool,
     resets: Tensor | None,
+    zoneout: Zoneout | None,
 ) -> tuple[Any, ...]:
     """As ``ops.layer`` where gradients are recorded, under the `Control` ``how``."""
-    output, h_n, *states = _Layer.apply(*tensors, resets, cell, batch_sizes, reverse, how)
+    given = *tensors, resets, *(zoneout or (None, None))
+    output, h_n, *states = _Layer.apply(*given, cell, batch_sizes, reverse, how)
     return output, h_n, *(states or (None, None))
 
 
@@ -109,7 +112,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, resets, cell, batch_sizes, reverse, how = arguments
+        *tensors, resets, hold_h, hold_c, cell, batch_sizes, reverse, how = arguments
         input, w_ih, packed = tensors[0], tensors[_FIRST_WEIGHT], batch_sizes is not None
         steps = batch_sizes.numel() if packed else input.size(0)
         batch = int(batch_sizes[0]) if packed else input.size(1)
@@ -119,7 +122,8 @@ class _Layer(torch.autograd.Function):
         if resets is not None:
             parted = _C.parted_rows(cell, tensors, batch_sizes, reverse, resets)
         output, h_n, c_n, states, cells, gates, middle, isa = _C.partial_forward(
-            cell, tensors, batch_sizes, reverse, parted, stretch is None, (0, 0), backend
+            *(cell, tensors, batch_sizes, reverse, parted, paired(hold_h, hold_c)),
+            *(stretch is None, (0, 0), backend),
         )
         ctx.set_materialize_grads(False)
         ctx.options, ctx.how, ctx.isa = (cell, batch_sizes, reverse), how, isa
@@ -136,36 +140,40 @@ class _Layer(torch.autograd.Function):
                 None if t is None or not rows else torch.cat([_flat(t)[r] for r in rows])
                 for t in (states, cells)
             )
-        ctx.save_for_backward(*tensors, resets, parted, states, cells, gates, middle)
+        saved = states, cells, gates, middle
+        ctx.save_for_backward(*tensors, resets, parted, hold_h, hold_c, *saved)
         return (output, h_n) if c_n is None else (output, h_n, c_n, shown_cells)
 
     @staticmethod
     def backward(ctx, d_output, d_h_n, d_c_n=None, d_cells=None):
         kept = ctx.saved_tensors
-        tensors, (resets, parted, *saved) = kept[:_INPUTS], kept[_INPUTS:]
+        tensors, (resets, parted, *holds, _, _, _, _) = kept[:_INPUTS], kept[_INPUTS:]
+        saved, zoneout = kept[-4:], paired(*holds)
         wanted = ctx.needs_input_grad[:_INPUTS]
         upstream = (d_output, d_h_n, d_c_n, d_cells)
         if all(d is None for d in upstream):
-            return (None,) * (_INPUTS + 5)
+            return (None,) * (_INPUTS + 7)
         if transforms.watched_backward(upstream):
-            gradients = _composed_gradients(ctx, tensors, resets, upstream, wanted)
+            gradients = _composed_gradients(ctx, tensors, resets, zoneout, upstream, wanted)
         else:
-            backward = _Backward(ctx, tensors, parted, wanted)
+            backward = _Backward(ctx, tensors, parted, zoneout, wanted)
             if ctx.stretch is not None:
                 gradients = backward.by_part(saved, upstream)
             else:
-                gradients = backward.run(tensors, ctx.options[1], parted, saved, ctx.isa, upstream)
+                whole = tensors, ctx.options[1], parted, zoneout
+                gradients = backward.run(*whole, saved, ctx.isa, upstream)
             if ctx.flow is not None:
                 ctx.flow.norms = backward.norms
-        return *gradients, *(None,) * 5
+        return *gradients, *(None,) * 7
 
 
 class _Backward:
     """The backward kernel over a sequence, whole or in parts."""
 
-    def __init__(self, ctx, tensors, parted, wanted):
+    def __init__(self, ctx, tensors, parted, zoneout, wanted):
         self.cell, self.batch_sizes, self.reverse = ctx.options
         self.stretch, self.tensors, self.wanted = ctx.stretch, tensors, wanted
+        self.zoneout = zoneout
         self.parted = parted  # the rows into whose step no state is carried
         self.isa, self.has_states = ctx.isa, ctx.how.save == "states"
         self.backend = ctx.backend
@@ -181,6 +189,7 @@ class _Backward:
         tensors,
         batch_sizes,
         parted,
+        zoneout,
         saved,
         isa,
         upstream,
@@ -197,6 +206,7 @@ class _Backward:
             batch_sizes,
             self.reverse,
             parted,
+            zoneout,
             saved,
             isa,
             upstream,
@@ -238,12 +248,14 @@ class _Backward:
                 ]
             tensors = (time.of(input, part), *start, *weights)
             parted = time.of(self.parted, part)
+            zoneout = with_masks(self.zoneout, lambda hold, part=part: time.of(hold, part))
             sizes = None if self.batch_sizes is None else self.batch_sizes[slice(*part)]
             if self.has_states:
                 again, isa = self._from_states(time, part, parted, saved, kept)
             else:
                 _, _, _, *again, isa = _C.partial_forward(
-                    self.cell, tensors, sizes, self.reverse, parted, True, planned, self.backend
+                    *(self.cell, tensors, sizes, self.reverse, parted, zoneout),
+                    *(True, planned, self.backend),
                 )
             reaching = (
                 time.of(d_output, part),
@@ -255,6 +267,7 @@ class _Backward:
                 tensors,
                 sizes,
                 parted,
+                zoneout,
                 again,
                 isa,
                 reaching,
@@ -279,16 +292,19 @@ class _Backward:
         precedes it is known."""
         input, h0, c0, *weights = self.tensors
         known = tuple(time.of(t, part) for t in saved[:2])
-        if self.cell.startswith("rnn"):  # of which h is all there is
+        shared = self.zoneout is not None and self.zoneout[0].dim() == 0
+        if self.cell.startswith("rnn") and not shared:  # of which h is all there is
             return (*known, None, None), self.isa
         at_once = (
             _flat(time.of(input, part)).unsqueeze(0),
             *(time.previous(k, t, part, parted) for k, t in zip(kept, (h0, c0))),
             *weights,
         )
-        *_, gates, middle, isa = _C.partial_forward(
-            self.cell, at_once, None, False, None, True, (0, 0), self.backend
+        *_, states, _, gates, middle, isa = _C.partial_forward(
+            self.cell, at_once, None, False, None, None, True, (0, 0), self.backend
         )
+        if self.cell.startswith("rnn"):
+            middle = states[0]
         return (*known, gates, middle), isa
 
     def _sum(self, like, start=None):
@@ -299,7 +315,7 @@ class _Backward:
         return sum
 
 
-def _composed_gradients(ctx, tensors, resets, upstream, wanted):
+def _composed_gradients(ctx, tensors, resets, zoneout, upstream, wanted):
     """The gradients of ``tensors`` in torch operations, differentiable again."""
     warn_once(
         "rnn_ext: gradients of gradients have no kernel; composed of torch operations instead"
@@ -311,6 +327,7 @@ def _composed_gradients(ctx, tensors, resets, upstream, wanted):
 
     def results(*tensors):
         options = {"batch_sizes": batch_sizes, "reverse": reverse, "resets": resets}
+        options["zoneout"] = zoneout
         found = how.composed(cell, *tensors, **options)
         return tuple(r for r, p in zip(found, present) if p)
 

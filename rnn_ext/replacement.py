@@ -23,7 +23,6 @@ class Replacement:
     _twin: type
     _cell: str  # name of the cell, as rnn_ext.ops knows it
     _extra = None  # what the twin has no equivalent of, in words
-    _unserved = None  # why no kernel serves it, whatever the input
     recurrent_init: str | None = None
 
     def _keep_recurrent_init(self, kind):
@@ -45,6 +44,10 @@ class Replacement:
         return (
             tuple(hx) if pair and isinstance(hx[0], Tensor) and isinstance(hx[1], Tensor) else None
         )
+
+    def _unserved(self, x):
+        """Why no kernel on the device of ``x`` serves the layer (a phrase), or None."""
+        return None
 
     def _must_compose(self, reason, extra):
         """Whether torch operations serve what no kernel takes (says ``reason``), not the twin."""

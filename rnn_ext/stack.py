@@ -105,7 +105,10 @@ def stack(
         group = [(h0[k], c0[k], *weights[k]) for k in range(first, first + directions)]
         more = [{}] * directions if hooks is None else hooks.options(first, x, group, batch_sizes)
         if directions == 2 and run is ops.layer:
-            results = ops.both_directions(cell, x, *group, reverse=reverse, **options)
+            zoneout = [m.get("zoneout") for m in more]
+            results = ops.both_directions(
+                cell, x, *group, reverse=reverse, zoneout=zoneout, **options
+            )
         else:
             results = [
                 run(cell, x, *tensors, reverse=reverse != bool(k), **options, **more[k])

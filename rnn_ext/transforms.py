@@ -19,6 +19,7 @@ from torch._C import _functorch
 
 from . import _C, composite
 from .backend import current, warn_once
+from .zoneout import Zoneout, with_masks
 
 __all__ = ["Call", "layer", "layer_backward", "vjp", "watched", "watched_backward"]
 
@@ -45,6 +46,7 @@ class Call:
     reverse: bool
     backend: str
     resets: Tensor | None = None
+    zoneout: Zoneout | None = None
     save: bool = True
     isa: str = ""
     present: tuple[bool, ...] = ()
@@ -59,13 +61,17 @@ class Call:
         """For ``size`` times the batch, whose entries get gradients of their own."""
         sizes = None if self.batch_sizes is None else self.batch_sizes * size
         resets = None if self.resets is None else self.resets.repeat_interleave(size, -1)
-        return replace(self, batch_sizes=sizes, resets=resets, groups=(*self.groups, size))
+        zoneout = with_masks(self.zoneout, lambda hold: hold.repeat_interleave(size, -2))
+        call = replace(self, batch_sizes=sizes, resets=resets, zoneout=zoneout)
+        return replace(call, groups=(*self.groups, size))
 
     def unfolded(self) -> "Call":
         """What the innermost `folded` was made of."""
         sizes = None if self.batch_sizes is None else self.batch_sizes // self.groups[-1]
         resets = None if self.resets is None else self.resets[..., :: self.groups[-1]]
-        return replace(self, batch_sizes=sizes, resets=resets, groups=self.groups[:-1])
+        zoneout = with_masks(self.zoneout, lambda hold: hold[..., :: self.groups[-1], :])
+        call = replace(self, batch_sizes=sizes, resets=resets, zoneout=zoneout)
+        return replace(call, groups=self.groups[:-1])
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ def layer(
     reverse: bool,
     return_cells: bool,
     resets: Tensor | None = None,
+    zoneout: Zoneout | None = None,
 ) -> tuple[Any, ...]:
     """As ``ops.layer``, where something is `watched`."""
     backend, obstacle = current(), _obstacle()
@@ -105,12 +112,14 @@ def layer(
         else:
             with torch._C._DisableFuncTorch():  # which would wrap it again
                 resets = bare.clone()  # the backward pass is not told of a change
+    if zoneout is not None and obstacle is None:
+        zoneout = tuple(hold if hold is None else _without_transforms(hold) for hold in zoneout)
     if backend != "reference":
         if obstacle is None:
             backend = backend if tensors[0].is_cuda else "auto"
             present, given = _present(tensors)
             save = return_cells or torch.is_grad_enabled() or _Kind.Grad in _active()
-            call = Call(cell, batch_sizes, reverse, backend, resets, save, present=present)
+            call = Call(cell, batch_sizes, reverse, backend, resets, zoneout, save, present=present)
             *results, kept = _Layer.apply(call, *given)
             return tuple(_spread(kept.present, results)[:_SHOWN])
         if backend != "auto":
@@ -119,7 +128,9 @@ def layer(
                 "use 'auto'"
             )
         _warn_composed(obstacle)
-    return composite.layer(cell, *tensors, batch_sizes=batch_sizes, reverse=reverse, resets=resets)
+    return composite.layer(
+        cell, *tensors, batch_sizes=batch_sizes, reverse=reverse, resets=resets, zoneout=zoneout
+    )
 
 
 def layer_backward(
@@ -220,6 +231,7 @@ class _Layer(torch.autograd.Function):
             call.batch_sizes,
             call.reverse,
             call.resets,
+            call.zoneout,
             call.save,
             call.backend,
         )
@@ -286,6 +298,7 @@ class _LayerBackward(torch.autograd.Function):
             call.batch_sizes,
             call.reverse,
             call.resets,
+            call.zoneout,
             *tensors[_INPUTS:saved],
             call.isa,
             *tensors[saved:],
@@ -352,6 +365,7 @@ def _composed_gradients(call, tensors, upstream):
             batch_sizes=call.batch_sizes,
             reverse=call.reverse,
             resets=call.resets,
+            zoneout=call.zoneout,
         )
         return tuple(r for r, p in zip(all_results, present) if p)
 

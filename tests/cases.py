@@ -46,10 +46,12 @@ class Case:
     reverse: bool
     upstream: list
     resets: torch.Tensor | None = None  # h0 and c0 may then have what they restore below them
+    zoneout: tuple | None = None
 
     def options(self):
         given = {"batch_sizes": self.batch_sizes, "reverse": self.reverse}
-        return given if self.resets is None else {**given, "resets": self.resets}
+        more = {"resets": self.resets, "zoneout": self.zoneout}
+        return given | {name: value for name, value in more.items() if value is not None}
 
     def to(self, dtype):
         def convert(tensors):
@@ -104,6 +106,17 @@ def with_resets(case, *, restored, chance=0.4, seed=1):
     return replace(case, tensors=tensors, resets=resets)
 
 
+def with_zoneout(case, share=None, *, seed=2):
+    """The case with units that are held at random or, with ``share``, all to that extent."""
+    rows, (gates, outputs) = case.tensors[0].shape[:-1], case.tensors[4].shape
+    hidden = gates // GATES.get(case.cell, 1)
+    generator = torch.Generator().manual_seed(seed)
+    holds = [torch.rand(*rows, size, generator=generator) < 0.3 for size in (outputs, hidden)]
+    if share is not None:
+        holds = [torch.tensor(share, dtype=torch.float64)] * 2
+    return replace(case, zoneout=(holds[0], holds[1] if case.cell == "lstm" else None))
+
+
 def run(layer, case):
     """Results and gradients of ``layer`` (``ops.layer``, ``composite.layer``), dicts by name."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case.tensors]
@@ -122,7 +135,8 @@ def run_torch(case):
     """torch.nn's own kernels, or for what torch.nn lacks, the same arithmetic by ``composite``."""
     kind, hidden = TORCH.get(case.cell), case.tensors[3].size(0) // GATES.get(case.cell, 1)
     # torch.nn projects to fewer units only.
-    if kind is None or case.resets is not None or (case.tensors[7] is not None and hidden == 1):
+    lacks = kind is None or case.resets is not None or case.zoneout is not None
+    if lacks or (case.tensors[7] is not None and hidden == 1):
         return run(composite.layer, case)
 
     def layer(cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):
@@ -181,6 +195,8 @@ def run_reference(case):
         if restored:
             halves = [(None, None) if s is None else (s[:batch], s[batch:]) for s in (h0, c0)]
             (h0, options["reset_h"]), (c0, options["reset_c"]) = halves
+    if case.zoneout is not None:
+        options["zoneout"] = [0.0 if hold is None else hold.numpy() for hold in case.zoneout]
     result = reference.forward(case.cell, x, h0, c0, weights, **options)
     gradients = reference.backward(
         result, *(None if d is None else d.double().numpy() for d in case.upstream)

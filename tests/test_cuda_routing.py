@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from twins import forget_warnings
 
 import rnn_ext
 from rnn_ext import _C, functional, library
@@ -292,3 +293,19 @@ def test_fake_kernels_know_what_normalised_layers_save_on_cuda(dtype):
     assert output.shape == cells.shape == (3, 2, 7) and h_n.shape == c_n.shape == (2, 7)
     assert states.numel() == 0 and (wide_cells.numel() > 0) == (dtype != torch.float32)
     assert records.shape == (6, 3 * 28 + 4) and records.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_zoneout_is_composed(built, kind):
+    forget_warnings()
+    module, x = on_cuda(kind)
+    module.zoneout = 0.5
+    module.eval()
+    assert rnn_ext.explain(module, x).steps[0].kernel == "reference"
+    text = f"{kind} with zoneout=0.5: zoneout has no CUDA kernel; composed"
+    with pytest.warns(rnn_ext.FallbackWarning, match=text):
+        output, _ = module(x)
+    assert output.any()
+    with rnn_ext.use_backend("cuda-step"), pytest.raises(RuntimeError, match="has no CUDA kernel"):
+        module(x)

@@ -8,15 +8,13 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from twins import assert_same, tensors
 
 import rnn_ext
-from rnn_ext import FallbackWarning, composite, reference
+from rnn_ext import composite, reference
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 T, B = 5, 3
 LENGTHS = [3, 5, 1]
-quiet = pytest.mark.filterwarnings("ignore:.*no kernel has zoneout:rnn_ext.FallbackWarning")
 
 
-@quiet
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
 @pytest.mark.parametrize("option", OPTIONS)
 @each_kind
@@ -36,7 +34,6 @@ def test_options_follow_the_reference(kind, option, bidirectional):
     assert_same(module(x[:, 0]), [part.squeeze(1) for part in tensors(module(x[:, :1]))])
 
 
-@quiet
 @pytest.mark.parametrize("option", ["weight_dropout", "zoneout", "all"])
 def test_every_way_to_give_a_batch_has_the_same_masks(option):
     module = make("lstm", 2, 3, bidirectional=True, **OPTIONS[option])
@@ -158,7 +155,6 @@ def test_one_bias_has_the_speed_and_results_of_two():
     assert kernel == "cpu"
 
 
-@quiet
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
 @each_kind
 def test_gates(kind, bidirectional):
@@ -213,24 +209,6 @@ def test_gates_beside_cells_and_with_gradients():
     assert_same(module(x[0], return_gates=True)[2]["o"], gates["o"][0])
     narrow = make("gru", 2, 3).bfloat16()
     assert narrow(x.bfloat16(), return_gates=True)[2]["z"].dtype == torch.bfloat16
-
-
-def test_zoneout_is_composed_with_one_warning():
-    rnn_ext.backend._warned.clear()
-    module = make("gru", 2, 3, zoneout=0.5)
-    x = random(T, B, 2)
-    with pytest.warns(
-        FallbackWarning, match=r"GRU with zoneout=0.5: no kernel has zoneout"
-    ) as seen:
-        module(x)
-        module(x)
-    assert len(seen) == 1
-    (step,) = rnn_ext.explain(module, x).steps
-    assert step.kernel == "reference" and "zoneout" in step.reason
-    with rnn_ext.use_backend("cpu"), pytest.raises(RuntimeError, match="no kernel has zoneout"):
-        module(x)
-    module.zoneout = 0.0
-    assert rnn_ext.explain(module, x).steps[0].kernel == "cpu"
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from kinds import make, random, squares
-from options_by_numpy import OPTIONS, keep, seed_of_next_call
+from options_by_numpy import keep, seed_of_next_call
 from twins import assert_same, forget_warnings, tensors
 
 import rnn_ext
-from rnn_ext import FallbackWarning, gradient_flow, online, reference
+from rnn_ext import gradient_flow, online, reference
 
 T, B = 6, 3
 SERVED = {
@@ -16,6 +16,7 @@ SERVED = {
     "widths": {"hidden": [3, 4, 4], "residual": True},
     "masks": {"num_layers": 2, "weight_dropout": 0.4, "variational_dropout": 0.3},
     "parameters": {"num_layers": 2, "bias": "single", "learn_initial_state": True},
+    "zoneout": {"num_layers": 2, "zoneout": 0.4},
 }
 CONTROLS = {
     "checkpoints": {"checkpoint_every": 2},
@@ -23,7 +24,6 @@ CONTROLS = {
     "value": {"grad_clip": 1e6},
     "norm": {"grad_clip": ("norm", 1e6), "checkpoint_every": 2},
 }
-zoneout_is_composed = pytest.mark.filterwarnings("ignore:.*no kernel has zoneout")
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,19 @@ def test_gradients_are_those_of_the_uncontrolled_layer(kind, option, control):
         assert_same(gradients, expected)
 
 
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("kind", ["rnn_relu", "lstm_projected", "gru"])
+def test_a_share_that_is_held_has_the_same_gradients(kind, control):
+    layers = [layer.eval() for layer in pair(kind, SERVED["zoneout"], CONTROLS[control])]
+    x, resets = random(T, B, 2, requires_grad=True), torch.rand(T, B) < 0.3
+    for lengths in (None, [4, 6, 1]):
+        found = []
+        for layer in layers:
+            results = layer(x, lengths=lengths, resets=resets)
+            found.append(torch.autograd.grad(squares(results), [x, *layer.parameters()]))
+        assert_same(*found)
+
+
 @pytest.mark.parametrize("option", SERVED)
 def test_clipping_reaches_every_layer(option):
     options = SERVED[option]
@@ -75,7 +88,6 @@ def test_clipping_reaches_every_layer(option):
         assert not torch.allclose(before, after, rtol=1e-2, atol=1e-4)
 
 
-@zoneout_is_composed
 @pytest.mark.parametrize("grad_clip", [None, 0.2, ("norm", 0.3)], ids=str)
 @pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "gru", "gru_reset_before"])
 def test_zoneout_clipped_and_watched_follows_the_reference(kind, grad_clip):
@@ -97,22 +109,6 @@ def test_zoneout_clipped_and_watched_follows_the_reference(kind, grad_clip):
     seed_of_next_call()
     flow = gradient_flow(module, x, upstream=upstream)
     assert_same(flow.per_sample[0, 0], torch.from_numpy(np.linalg.norm(dh, axis=-1)))
-
-
-@pytest.mark.parametrize("control", ["checkpoints", "states"])
-def test_zoneout_keeps_everything_and_says_so(control):
-    plain, controlled = pair("gru", OPTIONS["zoneout"], CONTROLS[control])
-    x = random(T, B, 2)
-    found = []
-    message = "composed of torch operations instead, which keep everything in spite of "
-    message += str(controlled._control)
-    with pytest.warns(FallbackWarning) as seen:
-        for layer in (plain, controlled):
-            seed_of_next_call()
-            loss = squares(layer(x))
-            found.append(list(torch.autograd.grad(loss, list(layer.parameters()))))
-    assert [str(w.message).endswith(message) for w in seen] == [False, True]
-    assert_same(*found)
 
 
 def test_gradient_flow_through_residual_links_and_widths():

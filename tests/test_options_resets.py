@@ -14,9 +14,7 @@ import rnn_ext
 T, B = 6, 3
 LENGTHS = [4, 6, 1]
 WIDTHS = {"hidden": [3, 4, 4], "residual": True, "weight_dropout": 0.3}
-# Every option in one layer, but those that no kernel serves.
-SERVED = {**OPTIONS["all"], "zoneout": 0.0}
-pytestmark = pytest.mark.filterwarnings("ignore:.*no kernel has zoneout:rnn_ext.FallbackWarning")
+WITHOUT_ZONEOUT = {**OPTIONS["all"], "zoneout": 0.0}
 both_ways = pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
 
 
@@ -77,9 +75,9 @@ def test_widths_and_resets_follow_the_reference(kind, bidirectional):
 
 
 @pytest.mark.filterwarnings("ignore:.*no kernel:rnn_ext.FallbackWarning")
-@pytest.mark.parametrize("option", ["all", "served", "widths"])
+@pytest.mark.parametrize("option", ["all", "without_zoneout", "widths"])
 def test_gradients(option):
-    options = OPTIONS | {"served": SERVED, "widths": WIDTHS}
+    options = OPTIONS | {"without_zoneout": WITHOUT_ZONEOUT, "widths": WIDTHS}
     module = make("lstm", 2, **{"hidden": 2} | options[option])
     x, resets = random(4, 2, 2, requires_grad=True), torch.rand(4, 2) < 0.5
     initial, flat = random_state(module, 1)
@@ -96,9 +94,9 @@ def test_gradients(option):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_serve_all_but_zoneout(kind):
+def test_kernels_serve_every_option(kind):
     x, resets = random(T, B, 2, requires_grad=True), random_resets()
-    served = {name: o for name, o in OPTIONS.items() if "zoneout" not in o} | {"served": SERVED}
+    served = OPTIONS | {"without_zoneout": WITHOUT_ZONEOUT}
     if kind != "lstm_projected":
         served["widths"] = WIDTHS
     for options in served.values():
@@ -176,7 +174,7 @@ def test_gates_of_zoneout_start_from_what_a_reset_restores():
 
 
 @pytest.mark.parametrize(
-    "options", [SERVED, {**WIDTHS, "bidirectional": True}], ids=["all", "widths"]
+    "options", [OPTIONS["all"], {**WIDTHS, "bidirectional": True}], ids=["all", "widths"]
 )
 def test_compile_without_a_graph_break(options):
     torch._dynamo.reset()

@@ -19,8 +19,13 @@ struct Lstm {
     gates.f = Math<R>::sigmoid(gates.f);
     gates.g = Math<R>::tanh(gates.g);
     gates.o = Math<R>::sigmoid(gates.o);
-    c = gates.f * c_prev + gates.i * gates.g;
+    c = cell(gates, c_prev);
     m = gates.o * Math<R>::tanh(c);
+  }
+
+  // of the activations
+  RNN_EXT_INLINE static R cell(const Gates& gates, R c_prev) {
+    return gates.f * c_prev + gates.i * gates.g;
   }
 
   // dm = dL/dm and dc = dL/dc from later steps in; delta = dL/da and dc_prev = dL/dc' out

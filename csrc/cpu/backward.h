@@ -34,6 +34,7 @@ class Backward {
       : a_(args),
         hidden_(args.sizes.hidden),
         output_(args.sizes.output),
+        carries_(Cell::carries || args.zoneout.on),
         gates_width_(panels_of<value, typename Cell::Gates>(hidden_) * Cell::Gates::vectors *
                      lanes),
         delta_width_(Cell::deltas * hidden_ + kPadding),
@@ -155,13 +156,15 @@ class Backward {
     v.gates = a_.gates + (Cell::keeps_gates ? at * gates_width_ : 0);
     v.h = a_.out + at * output_;
     v.c = a_.c + (Cell::has_cell_state ? at * hidden_ : 0);
-    v.middle = a_.middle + (Cell::keeps_middle ? at * hidden_ : 0);
+    v.middle = a_.middle ? a_.middle + at * hidden_ : nullptr;
     v.d_out = a_.d_out ? a_.d_out + at * output_ : nullptr;
     v.d_c = a_.d_c ? a_.d_c + at * hidden_ : nullptr;
     v.delta = held.delta_of(at);
     v.dh = held.dh_of(at);
     v.carry = carry_;
     v.dc = a_.dc;
+    v.hold_h = a_.zoneout.h.from(at * output_);
+    v.hold_c = a_.zoneout.c.from(at * hidden_);
 
     const long later = continuing ? a_.steps.begin(a_.steps.next(t)) : 0;
     const Afresh resets{a_.resets.among(at, rows), a_.resets.among(later, continuing), continuing};
@@ -178,7 +181,7 @@ class Backward {
         v.h_prev = begin < carried ? a_.out + before * output_ : a_.h0;
         v.c_prev = begin < carried ? a_.c + before * hidden_ : a_.c0;
         const bool has_next = begin < continuing;
-        v.add_carry = Cell::carries || !has_next;
+        v.add_carry = carries_ || !has_next;
         body(begin, end, has_next ? held.delta_of(later) : nullptr);
       }
     };
@@ -301,7 +304,7 @@ class Backward {
           for_units<value, PlainPanel>(p, output_, [&](int b, long block, int n) {
             const long at = (row + i) * output_ + block * lanes;
             Vec<value> dh0 = load(products + (i * 2 + b) * lanes);
-            if (Cell::carries) dh0 += load(carry_ + at, n);
+            if (carries_) dh0 += load(carry_ + at, n);
             if (resets && resets[row + i]) {
               if (a_.d_reset_h) add(a_.d_reset_h + at, dh0, n);
               dh0 = Vec<value>{};
@@ -331,7 +334,7 @@ class Backward {
     for_units<value, PlainPanel>(panel, output_, [&](int b, long block, int n) {
       const long at = row * output_ + block * lanes;
       Vec<value> dh = load(products + b * lanes);
-      if (Cell::carries) dh += load(carry_ + at, n);
+      if (carries_) dh += load(carry_ + at, n);
       add(a_.d_reset_h + at, dh, n);
     });
   }
@@ -341,6 +344,15 @@ class Backward {
                              long units, const real* products, const Afresh& resets) const {
     if (resets.here || resets.next)
       finish_some_reset<phase>(view, first, count, panel, units, products, resets);
+    else
+      finish_rows<phase>(view, first, count, panel, units, products);
+  }
+
+  template <int phase>
+  RNN_EXT_INLINE void finish_rows(const BackwardView<value>& view, long first, int count,
+                                  long panel, long units, const real* products) const {
+    if (a_.zoneout.on)
+      finish_backward<value, Zoned<value, Cell>, phase>(view, first, count, panel, units, products);
     else
       finish_backward<value, Cell, phase>(view, first, count, panel, units, products);
   }
@@ -374,7 +386,7 @@ class Backward {
               run.add_carry = false;
             }
           }
-          finish_backward<value, Cell, phase>(run, first + i, rows, panel, units, run_products);
+          finish_rows<phase>(run, first + i, rows, panel, units, run_products);
         });
   }
 
@@ -419,7 +431,9 @@ class Backward {
   }
 
   const BackwardArgs<value>& a_;
-  const long hidden_, output_, gates_width_, delta_width_;
+  const long hidden_, output_;
+  const bool carries_;  // part of dL/dh' does not go through the product
+  const long gates_width_, delta_width_;
   const DeltaWindow window_;
   const typename WeightGradient<value>::Room room_;
   ColumnPanels<value> input_{}, first_{}, second_{};

@@ -30,6 +30,7 @@ struct ForwardView {
   const real* c_prev;
   value *h, *middle;
   real* c;
+  Hold hold_h, hold_c;  // zoneout
 };
 
 template <class value>
@@ -45,6 +46,7 @@ struct BackwardView {
   real* carry;         // dL/dh' that does not go through the product; dL/dh_n where a sequence ends
   bool add_carry;
   real* dc;
+  Hold hold_h, hold_c;  // zoneout
 };
 
 // What the recurrent weights were multiplied with.
@@ -144,7 +146,8 @@ struct LstmSteps {
     }
   }
 
-  template <int phase>
+  // `made`: the state that the gates made is not v.c, of which zoneout held some.
+  template <int phase, bool made = false>
   RNN_EXT_INLINE static void backward(const BackwardView<value>& v, long row, long block, int lanes,
                                       V product) {
     constexpr int w = kLanes<value>;
@@ -160,7 +163,9 @@ struct LstmSteps {
     V dc = load(v.dc + at, lanes), dc_prev;
     if (v.d_c) dc += load(v.d_c + at, lanes);
     typename Cell::Gates delta;
-    Cell::vjp(gates, load(v.c_prev + at, lanes), load(v.c + at, lanes), dm, dc, delta, dc_prev);
+    const V c_prev = load(v.c_prev + at, lanes);
+    const V c = made ? Cell::cell(gates, c_prev) : load(v.c + at, lanes);
+    Cell::vjp(gates, c_prev, c, dm, dc, delta, dc_prev);
     store(v.dc + at, dc_prev, lanes);
     value* d = v.delta + row * v.delta_width + unit;
     store(d, delta.i, lanes);

@@ -4,7 +4,7 @@
 //   hold it.
 // Threads own rows (no waiting) or hidden units (a barrier after each phase).
 #pragma once
-#include "cell_steps.h"
+#include "zoneout.h"
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
@@ -93,7 +93,7 @@ class Forward {
       second_ = {a_.weights.hh + Cell::recurrent_gates * hidden_ * output_, hidden_, hidden_,
                  nullptr};
     keep_all_gates_ = save && Cell::keeps_gates && a_.gates;
-    keep_all_middle_ = save && Cell::keeps_middle && a_.middle;
+    keep_all_middle_ = save && a_.middle;
   }
 
   void run() {
@@ -242,6 +242,8 @@ class Forward {
     v.h = a_.out + at * output_;
     v.middle = middle_ + (keep_all_middle_ ? at * hidden_ : 0);
     v.c = a_.c + (save && Cell::has_cell_state ? at * hidden_ : 0);
+    v.hold_h = a_.zoneout.h.from(at * output_);
+    v.hold_c = a_.zoneout.c.from(at * hidden_);
     ForwardView<value> fresh = v, reset = v;
     v.h_prev = a_.out + before * output_;
     v.c_prev = save ? a_.c + before * hidden_ : a_.c;
@@ -279,12 +281,22 @@ class Forward {
           finish_some_reset<phase_index>(panels, view, first, count, p, units, products, resets,
                                          reset);
         else
-          finish_forward<value, Cell, Shape, phase_index, save>(view, first, count, p, units,
-                                                                products);
+          finish<phase_index, Shape>(view, first, count, p, units, products);
       });
   }
 
-  // finish_forward where rows may start afresh: those from `reset` instead of `view`.
+  template <int phase_index, class Shape>
+  RNN_EXT_INLINE void finish(const ForwardView<value>& view, long first, int count, long panel,
+                             long units, const real* products) const {
+    if (a_.zoneout.on)
+      finish_forward<value, Zoned<value, Cell>, Shape, phase_index, save>(view, first, count, panel,
+                                                                          units, products);
+    else
+      finish_forward<value, Cell, Shape, phase_index, save>(view, first, count, panel, units,
+                                                            products);
+  }
+
+  // `finish` where rows may start afresh: those from `reset` instead of `view`.
   template <int phase_index, class Shape>
   RNN_EXT_NOINLINE void finish_some_reset(const Panels<value, Shape>& panels,
                                           const ForwardView<value>& view, long first, int count,
@@ -304,8 +316,8 @@ class Forward {
               panels.multiply(panel, rows, a_.resets.h + (first + i) * output_, output_, run,
                               stride, false);
           }
-          finish_forward<value, Cell, Shape, phase_index, save>(is_reset[i] ? reset : view,
-                                                                first + i, rows, panel, units, run);
+          finish<phase_index, Shape>(is_reset[i] ? reset : view, first + i, rows, panel, units,
+                                     run);
         });
   }
 

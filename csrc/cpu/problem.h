@@ -83,6 +83,18 @@ struct Resets {
   }
 };
 
+// What a step holds on to of a state (zoneout).
+struct Hold {
+  const bool* units;  // [N, size], a row for each row of the steps: of these units all; or null:
+  double share;       // of each unit so much
+
+  Hold from(long at) const { return {units ? units + at : nullptr, share}; }
+};
+struct Zoneout {
+  bool on;
+  Hold h, c;
+};
+
 template <class value>
 struct ForwardArgs {
   using real = Real<value>;
@@ -96,10 +108,11 @@ struct ForwardArgs {
   real* c;  // LSTM: [N, H] when saving; otherwise [B, H], holding c0 on entry and c_n afterwards
   // Saving, cells with gates: [N, gates_width] activations in panel order, or null: not kept.
   real* gates;
-  // Saving, [N, H]: GRU's U_n h' + b_rn, reset-before GRU's r h', projected LSTM's o tanh(c); or
-  // null: not kept.
+  // Saving, [N, H]: GRU's U_n h' + b_rn, reset-before GRU's r h', projected LSTM's o tanh(c), and
+  // of the Elman network the f(a) that zoneout keeps a share of; or null: not kept.
   value* middle;
   Resets<value> resets;
+  Zoneout zoneout;
   bool save;  // keep what the backward pass needs
   Plan plan;
 };
@@ -117,6 +130,7 @@ struct BackwardArgs {
   const real* d_c;     // [N, H] or null: gradient of every c_t
   real* dc;            // LSTM: [B, H], dL/dc_n on entry, dL/dc0 afterwards
   Resets<value> resets;
+  Zoneout zoneout;
   real *d_reset_h, *d_reset_c;  // [B, P] and [B, H], zero on entry: gradients of resets.h and .c
   // null where the gradient was not asked for
   value* dx;

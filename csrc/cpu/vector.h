@@ -21,6 +21,8 @@ struct Simd<float> {
   typedef float Vec __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
   typedef float Unaligned __attribute__((vector_size(RNN_EXT_VECTOR_BYTES), aligned(4), may_alias));
   typedef uint32_t Bits __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
+  typedef uint8_t Bytes
+      __attribute__((vector_size(RNN_EXT_VECTOR_BYTES / 4), aligned(1), may_alias));
 };
 
 template <>
@@ -29,6 +31,8 @@ struct Simd<double> {
   typedef double Unaligned
       __attribute__((vector_size(RNN_EXT_VECTOR_BYTES), aligned(8), may_alias));
   typedef uint64_t Bits __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
+  typedef uint8_t Bytes
+      __attribute__((vector_size(RNN_EXT_VECTOR_BYTES / 8), aligned(1), may_alias));
 };
 
 // A register of what is computed with; BFloat16 is computed with as float.
@@ -61,6 +65,21 @@ template <class real>
 RNN_EXT_INLINE void store(real* p, Vec<real> v, int lanes) {
   if (lanes == kLanes<real>) return store(p, v);
   for (int l = 0; l < lanes; l++) p[l] = v[l];
+}
+
+// One where a flag is set, zero elsewhere.
+template <class value>
+RNN_EXT_INLINE Vec<value> load_flags(const bool* p, int lanes) {
+  using S = Simd<Real<value>>;
+  const Vec<value> zero{};
+  if (lanes == kLanes<value>) {
+    const auto flags =
+        __builtin_convertvector(*reinterpret_cast<const typename S::Bytes*>(p), typename S::Bits);
+    return flags != 0 ? 1 - zero : zero;
+  }
+  Vec<value> v = zero;
+  for (int l = 0; l < lanes; l++) v[l] = p[l];
+  return v;
 }
 
 // low: a0 b0 a1 b1 ...; high: the same of the upper halves.

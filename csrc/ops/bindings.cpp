@@ -48,13 +48,21 @@ py::tuple results(LayerOutputs& out, bool save) {
                         out.saved.gates, out.saved.middle, out.saved.isa);
 }
 
+// Of zoneout: what is held of h and c (LayerInputs), or None.
+using Holds = std::optional<std::array<OptionalTensor, 2>>;
+
+void hold(const Holds& zoneout, LayerInputs& in) {
+  if (zoneout) in.hold_h = (*zoneout)[0], in.hold_c = (*zoneout)[1];
+}
+
 py::tuple forward(std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih,
                   Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
-                  OptionalTensor batch_sizes, bool reverse, OptionalTensor resets, bool save,
-                  const std::string& backend) {
-  const LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
-                       std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
-                       std::move(w_hr), std::move(batch_sizes), reverse,         std::move(resets)};
+                  OptionalTensor batch_sizes, bool reverse, OptionalTensor resets,
+                  const Holds& zoneout, bool save, const std::string& backend) {
+  LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
+                 std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
+                 std::move(w_hr), std::move(batch_sizes), reverse,         std::move(resets)};
+  hold(zoneout, in);
   auto out = without_gil([&] { return layer_forward({&in, 1}, save, path_of(backend)); });
   return results(out[0], save);
 }
@@ -62,13 +70,15 @@ py::tuple forward(std::string cell, Tensor input, Tensor h0, OptionalTensor c0, 
 InputGradients backward(std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih,
                         Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
                         OptionalTensor batch_sizes, bool reverse, OptionalTensor resets,
-                        Tensor states, OptionalTensor cells, OptionalTensor gates,
-                        OptionalTensor middle, std::string isa, OptionalTensor d_output,
-                        OptionalTensor d_h_n, OptionalTensor d_c_n, OptionalTensor d_cells,
-                        Wanted wanted, long groups, const std::string& backend) {
-  const LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
-                       std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
-                       std::move(w_hr), std::move(batch_sizes), reverse,         std::move(resets)};
+                        const Holds& zoneout, Tensor states, OptionalTensor cells,
+                        OptionalTensor gates, OptionalTensor middle, std::string isa,
+                        OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n,
+                        OptionalTensor d_cells, Wanted wanted, long groups,
+                        const std::string& backend) {
+  LayerInputs in{std::move(cell), std::move(input),       std::move(h0),   std::move(c0),
+                 std::move(w_ih), std::move(w_hh),        std::move(b_ih), std::move(b_hh),
+                 std::move(w_hr), std::move(batch_sizes), reverse,         std::move(resets)};
+  hold(zoneout, in);
   const Saved saved{std::move(states), std::move(cells), std::move(gates), std::move(middle),
                     std::move(isa)};
   const LayerGradients d{d_output, d_h_n, d_c_n, d_cells};
@@ -82,15 +92,16 @@ using InputTensors = std::array<OptionalTensor, kLayerInputs>;
 
 LayerInputs layer_inputs(const std::string& cell, const InputTensors& t,
                          const OptionalTensor& batch_sizes, bool reverse,
-                         const OptionalTensor& resets) {
+                         const OptionalTensor& resets, const Holds& zoneout) {
   LayerInputs in{cell, t[0].value(), t[1].value(), t[2],    t[3].value(), t[4].value(), t[5],
                  t[6], t[7],         batch_sizes,  reverse, resets,       true};
+  hold(zoneout, in);
   return in;
 }
 
 Tensor parted(const std::string& cell, const InputTensors& tensors,
               const OptionalTensor& batch_sizes, bool reverse, const Tensor& resets) {
-  LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets);
+  LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets, {});
   in.parted = false;
   return parted_rows(check_call(in), in);
 }
@@ -99,9 +110,9 @@ Tensor parted(const std::string& cell, const InputTensors& tensors,
 // a call of (steps, batch).
 py::tuple partial_forward(const std::string& cell, const InputTensors& tensors,
                           const OptionalTensor& batch_sizes, bool reverse,
-                          const OptionalTensor& resets, bool keep_gates,
+                          const OptionalTensor& resets, const Holds& zoneout, bool keep_gates,
                           std::array<long, 2> planned, const std::string& backend) {
-  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets);
+  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets, zoneout);
   PassOptions options;
   options.keep_gates = keep_gates;
   options.planned_steps = planned[0], options.planned_batch = planned[1];
@@ -110,13 +121,16 @@ py::tuple partial_forward(const std::string& cell, const InputTensors& tensors,
 }
 
 // As `backward`; `sums` and `dh_norms` as in PassOptions; `clip` is "value", "norm" or "".
-InputGradients partial_backward(
-    const std::string& cell, const InputTensors& tensors, const OptionalTensor& batch_sizes,
-    bool reverse, const OptionalTensor& resets, const std::array<OptionalTensor, 4>& kept,
-    const std::string& isa, const std::array<OptionalTensor, 4>& upstream, const Wanted& wanted,
-    std::array<long, 2> planned, const std::vector<OptionalTensor>& sums, const std::string& clip,
-    double limit, const OptionalTensor& dh_norms, const std::string& backend) {
-  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets);
+InputGradients partial_backward(const std::string& cell, const InputTensors& tensors,
+                                const OptionalTensor& batch_sizes, bool reverse,
+                                const OptionalTensor& resets, const Holds& zoneout,
+                                const std::array<OptionalTensor, 4>& kept, const std::string& isa,
+                                const std::array<OptionalTensor, 4>& upstream, const Wanted& wanted,
+                                std::array<long, 2> planned,
+                                const std::vector<OptionalTensor>& sums, const std::string& clip,
+                                double limit, const OptionalTensor& dh_norms,
+                                const std::string& backend) {
+  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets, zoneout);
   const Saved saved{kept[0].value(), kept[1], kept[2], kept[3], isa};
   const LayerGradients d{upstream[0], upstream[1], upstream[2], upstream[3]};
   const Call call = check_call(in);
@@ -152,19 +166,23 @@ using DirectionTensors = std::array<OptionalTensor, kLayerInputs - 1>;
 std::array<LayerInputs, 2> both_directions(const std::string& cell, const Tensor& input,
                                            const std::array<DirectionTensors, 2>& tensors,
                                            const OptionalTensor& batch_sizes,
-                                           const OptionalTensor& resets) {
-  const auto inputs = [&](const DirectionTensors& t, bool reverse) {
-    return LayerInputs{cell, input, t[0].value(), t[1],        t[2].value(), t[3].value(),
-                       t[4], t[5],  t[6],         batch_sizes, reverse,      resets};
+                                           const OptionalTensor& resets,
+                                           const std::array<Holds, 2>& zoneout) {
+  const auto inputs = [&](int k) {
+    const DirectionTensors& t = tensors[k];
+    LayerInputs in{cell, input, t[0].value(), t[1],        t[2].value(), t[3].value(),
+                   t[4], t[5],  t[6],         batch_sizes, k == 1,       resets};
+    hold(zoneout[k], in);
+    return in;
   };
-  return {inputs(tensors[0], false), inputs(tensors[1], true)};
+  return {inputs(0), inputs(1)};
 }
 
 py::tuple forward_both(const std::string& cell, const Tensor& input,
                        const std::array<DirectionTensors, 2>& tensors,
-                       const OptionalTensor& batch_sizes, const OptionalTensor& resets, bool save,
-                       const std::string& backend) {
-  const auto in = both_directions(cell, input, tensors, batch_sizes, resets);
+                       const OptionalTensor& batch_sizes, const OptionalTensor& resets,
+                       const std::array<Holds, 2>& zoneout, bool save, const std::string& backend) {
+  const auto in = both_directions(cell, input, tensors, batch_sizes, resets, zoneout);
   auto out = without_gil([&] { return layer_forward(in, save, path_of(backend)); });
   return py::make_tuple(results(out[0], save), results(out[1], save));
 }
@@ -172,10 +190,10 @@ py::tuple forward_both(const std::string& cell, const Tensor& input,
 std::vector<InputGradients> backward_both(
     const std::string& cell, const Tensor& input, const std::array<DirectionTensors, 2>& tensors,
     const OptionalTensor& batch_sizes, const OptionalTensor& resets,
-    const std::array<std::array<OptionalTensor, 4>, 2>& kept, const std::string& isa,
-    const std::array<std::array<OptionalTensor, 4>, 2>& upstream,
+    const std::array<Holds, 2>& zoneout, const std::array<std::array<OptionalTensor, 4>, 2>& kept,
+    const std::string& isa, const std::array<std::array<OptionalTensor, 4>, 2>& upstream,
     const std::array<Wanted, 2>& wanted, const std::string& backend) {
-  const auto in = both_directions(cell, input, tensors, batch_sizes, resets);
+  const auto in = both_directions(cell, input, tensors, batch_sizes, resets, zoneout);
   std::vector<Saved> saved;
   std::vector<LayerGradients> d;
   for (int i = 0; i < 2; i++) {

@@ -50,7 +50,9 @@ class ForwardPass {
     if (save && options.keep_gates) {
       const long width = kernels_.gates_width(call.kind, s.hidden, sizeof(real));
       if (width) out_.saved.gates = large_empty({call.rows, width}, kDtype<real>);
-      if (call.gates == 3 || in.w_hr)
+      // An Elman network's f(a) where its state has but a share of it
+      const bool made = call.gates == 1 && in.hold_h && in.hold_h->dim() == 0;
+      if (call.gates == 3 || in.w_hr || made)
         out_.saved.middle = large_empty({call.rows, s.hidden}, kDtype<value>);
     }
     operands_.template inputs<value>(call, in, args_);

@@ -33,6 +33,16 @@ void check_state(const char* name, const Tensor& t, const Call& call, const Tens
   check_tensor(name, t, wide ? t : like, shape);
 }
 
+// What zoneout holds on to of a state of so many units.
+void check_hold(const char* name, const OptionalTensor& t, const Call& call, long units) {
+  if (!t) return;
+  TORCH_CHECK(t->is_cpu(), "rnn_ext: zoneout has no CUDA kernel");
+  if (t->dim() == 0 && t->scalar_type() == at::kDouble) return;
+  TORCH_CHECK(t->scalar_type() == at::kBool && t->sizes() == call.laid_out(units),
+              "rnn_ext: ", name, " must be bool of shape ", at::IntArrayRef(call.laid_out(units)),
+              ", or float64 without dimensions, got ", t->scalar_type(), " of ", t->sizes());
+}
+
 void read_batch_sizes(const Tensor& batch_sizes, Call& call) {
   TORCH_CHECK(batch_sizes.device().is_cpu() && batch_sizes.scalar_type() == at::kLong &&
                   batch_sizes.dim() == 1 && batch_sizes.size(0) > 0,
@@ -114,6 +124,11 @@ Call check_call(const LayerInputs& in) {
   check_tensor("b_ih", in.b_ih, in.input, {all});
   check_tensor("b_hh", in.b_hh, in.input, {all});
   check_tensor("w_hr", in.w_hr, in.input, {s.output, hidden});
+  TORCH_CHECK(in.hold_c.has_value() == (lstm && in.hold_h),
+              "rnn_ext: zoneout holds h, and of the LSTM h and c");
+  TORCH_CHECK(!in.hold_h || in.input.is_cpu(), "rnn_ext: zoneout has no CUDA kernel");
+  check_hold("hold_h", in.hold_h, call, s.output);
+  check_hold("hold_c", in.hold_c, call, hidden);
   return call;
 }
 

@@ -27,6 +27,9 @@ struct LayerInputs {
   bool reverse;
   OptionalTensor resets = {};  // bool, laid out like input's rows
   bool parted = false;         // resets are parted_rows (call.h) already
+  // Zoneout: what a step holds on to of h and of the LSTM's c, bool and laid out like the states
+  // (these units), or double without dimensions (so much of each). Both, or of other cells h alone.
+  OptionalTensor hold_h = {}, hold_c = {};
 };
 
 // What the backward pass reads beside the inputs. For bfloat16 `cells` and `gates` are float, wider

@@ -75,6 +75,7 @@ class Operands {
     args.h0 = read<value>(in.h0);
     args.c0 = read<Real<value>>(in.c0);
     args.resets = resets<value>(call, in, args.h0, args.c0);
+    args.zoneout = zoneout(in);
   }
   // What the backward pass reads beside them.
   template <class value>
@@ -104,6 +105,16 @@ class Operands {
     const value* no_h = read<value>(held_.back());
     held_.push_back(at::zeros({call.batch, s.hidden}, kDtype<Real<value>>));
     return {rows, no_h, read<Real<value>>(held_.back()), true};
+  }
+  Zoneout zoneout(const LayerInputs& in) {
+    return {in.hold_h.has_value(), hold(in.hold_h), hold(in.hold_c)};
+  }
+
+  Hold hold(const OptionalTensor& t) {
+    if (!t) return {};
+    if (t->dim() == 0) return {nullptr, *t->const_data_ptr<double>()};
+    held_.push_back(t->contiguous());
+    return {held_.back().const_data_ptr<bool>(), 0};
   }
 
   std::vector<Tensor> held_;

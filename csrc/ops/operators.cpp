@@ -32,11 +32,13 @@ using OptionalTensors = c10::List<OptionalTensor>;
 constexpr size_t kDirectionTensors = kLayerInputs - 1, kKept = 6, kUpstream = 4;
 
 // One entry of `tensors` (h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr) for each direction: the one that
-// `reverse` says or, where there are two, forward and backward in time.
+// `reverse` says or, where there are two, forward and backward in time. Of zoneout each direction has
+// an entry of hold_h and hold_c, or all have a share.
 std::vector<LayerInputs> directions_of(const std::string& cell, const Tensor& input,
                                        const OptionalTensors& tensors,
                                        const OptionalTensor& batch_sizes, bool reverse,
-                                       const OptionalTensor& resets) {
+                                       const OptionalTensor& resets, const OptionalTensor& hold_h,
+                                       const OptionalTensor& hold_c) {
   const size_t count = tensors.size() / kDirectionTensors;
   TORCH_CHECK(tensors.size() == count * kDirectionTensors && (count == 1 || count == 2) &&
                   !(reverse && count == 2),
@@ -51,6 +53,11 @@ std::vector<LayerInputs> directions_of(const std::string& cell, const Tensor& in
     };
     directions.push_back({cell, input, required(0), t(1), required(2), required(3), t(4), t(5),
                           t(6), batch_sizes, reverse || i == 1, resets});
+    const auto of_direction = [&](const OptionalTensor& hold) {
+      return hold && hold->dim() ? OptionalTensor(hold->select(0, i)) : hold;
+    };
+    directions.back().hold_h = of_direction(hold_h);
+    directions.back().hold_c = of_direction(hold_c);
   }
   return directions;
 }
@@ -63,8 +70,10 @@ Tensor or_empty(const OptionalTensor& t, const Tensor& like) {
 // output, h_n, c_n and cells of each direction; the last two of the LSTM, cells if asked for.
 std::vector<Tensor> layer(const std::string& cell, const Tensor& input,
                           const OptionalTensors& tensors, const OptionalTensor& batch_sizes,
-                          bool reverse, bool return_cells, const OptionalTensor& resets) {
-  const auto directions = directions_of(cell, input, tensors, batch_sizes, reverse, resets);
+                          bool reverse, bool return_cells, const OptionalTensor& resets,
+                          const OptionalTensor& hold_h, const OptionalTensor& hold_c) {
+  const auto directions =
+      directions_of(cell, input, tensors, batch_sizes, reverse, resets, hold_h, hold_c);
   const bool lstm = cell == "lstm";
   std::vector<Tensor> results;
   for (auto& out : layer_forward(directions, lstm && return_cells, cuda::Path::kAuto)) {
@@ -81,8 +90,10 @@ std::vector<Tensor> layer(const std::string& cell, const Tensor& input,
 std::vector<Tensor> layer_forward_saving(const std::string& cell, const Tensor& input,
                                          const OptionalTensors& tensors,
                                          const OptionalTensor& batch_sizes, bool reverse,
-                                         const OptionalTensor& resets) {
-  const auto directions = directions_of(cell, input, tensors, batch_sizes, reverse, resets);
+                                         const OptionalTensor& resets, const OptionalTensor& hold_h,
+                                         const OptionalTensor& hold_c) {
+  const auto directions =
+      directions_of(cell, input, tensors, batch_sizes, reverse, resets, hold_h, hold_c);
   std::vector<Tensor> results;
   for (auto& out : layer_forward(directions, true, cuda::Path::kAuto)) {
     Saved& saved = out.saved;
@@ -105,8 +116,10 @@ std::vector<Tensor> layer_forward_saving(const std::string& cell, const Tensor& 
 std::vector<Tensor> layer_backward_kept(
     const std::string& cell, const Tensor& input, const OptionalTensors& tensors,
     const OptionalTensor& batch_sizes, bool reverse, const std::vector<Tensor>& kept,
-    const OptionalTensors& upstream, const c10::List<bool>& wanted, const OptionalTensor& resets) {
-  const auto directions = directions_of(cell, input, tensors, batch_sizes, reverse, resets);
+    const OptionalTensors& upstream, const c10::List<bool>& wanted, const OptionalTensor& resets,
+    const OptionalTensor& hold_h, const OptionalTensor& hold_c) {
+  const auto directions =
+      directions_of(cell, input, tensors, batch_sizes, reverse, resets, hold_h, hold_c);
   const size_t count = directions.size();
   TORCH_CHECK(kept.size() == count * kKept && upstream.size() == count * kUpstream &&
                   wanted.size() == count * kLayerInputs,
@@ -186,14 +199,15 @@ RNN_EXT_LIBRARY(RNN_EXT_OPERATORS, m) {
   m.set_python_module("rnn_ext.library");
   m.def(
       "layer(str cell, Tensor input, Tensor?[] tensors, Tensor? batch_sizes, bool reverse, "
-      "bool return_cells, Tensor? resets=None) -> Tensor[]");
+      "bool return_cells, Tensor? resets=None, Tensor? hold_h=None, Tensor? hold_c=None) "
+      "-> Tensor[]");
   m.def(
       "layer_forward(str cell, Tensor input, Tensor?[] tensors, Tensor? batch_sizes, "
-      "bool reverse, Tensor? resets=None) -> Tensor[]");
+      "bool reverse, Tensor? resets=None, Tensor? hold_h=None, Tensor? hold_c=None) -> Tensor[]");
   m.def(
       "layer_backward(str cell, Tensor input, Tensor?[] tensors, Tensor? batch_sizes, "
-      "bool reverse, Tensor[] kept, Tensor?[] upstream, bool[] wanted, Tensor? resets=None) "
-      "-> Tensor[]");
+      "bool reverse, Tensor[] kept, Tensor?[] upstream, bool[] wanted, Tensor? resets=None, "
+      "Tensor? hold_h=None, Tensor? hold_c=None) -> Tensor[]");
   m.def(
       "quantized_layer(str cell, Tensor input, Tensor h0, Tensor? c0, Tensor?[] weights, "
       "Tensor? batch_sizes, bool reverse) -> Tensor[]");

@@ -15,6 +15,8 @@ from ._layer import Gradients, Layer, Status
 
 __all__ = ["Chunked"]
 
+# w_hr, batch_sizes, reverse, resets and zoneout of a layer, as _C takes them.
+_PLAIN = None, None, False, None, None
 # Rows of a batch of backward passes, about: enough to fill the products.
 _ROWS = 256
 _EVERYTHING = (False, True, True, True, True, True, True, False)
@@ -64,7 +66,7 @@ class Chunked:
                 self._keep_weights()
         h, c = (_masked(part, mask) for part in (self.h, self.c))
         _, h, c = _C.layer_forward(
-            self.layer.cell, x[None], h, c, *self.weights, None, None, False, None, False, "auto"
+            self.layer.cell, x[None], h, c, *self.weights, *_PLAIN, False, "auto"
         )
         if not _finite(h) or (c is not None and not _finite(c)):
             return Status.NOT_FINITE, None
@@ -114,7 +116,7 @@ class Chunked:
             mask = resets[begin] if resets[begin].any() else None
             state, x = (_masked(h, mask), _masked(c, mask)), self.x[begin:end]
             _, h, c, *saved, isa = _C.layer_forward(
-                self.layer.cell, x, *state, *self.weights, None, None, False, None, True, "auto"
+                self.layer.cell, x, *state, *self.weights, *_PLAIN, True, "auto"
             )
             segments.append((begin, x, mask, state, saved, isa))
         return segments
@@ -172,8 +174,8 @@ class Chunked:
             w and t is not None for w, t in zip(_EVERYTHING, (x, *state, *self.weights, None))
         ]
         found = _C.layer_backward(
-            self.layer.cell, x, *state, *self.weights, None, None, False, None, *saved, isa,
-            *upstream, wanted, groups, "auto",
+            self.layer.cell, x, *state, *self.weights, *_PLAIN, *saved, isa, *upstream, wanted,
+            groups, "auto",
         )  # fmt: skip
         return *found[1:3], *(part for part in found[3:7] if part is not None)
 
