@@ -58,14 +58,15 @@ def test_checkpoints_keep_every_bit(kind, dtype, threads):
 
 
 def test_steps_between_checkpoints_are_rounded_up_to_where_sums_are_cut():
+    x = torch.zeros(0)
     every = Control(checkpoint_every=100).stretch
-    assert every(512, 1000, 4, False, torch.float32) == 128
-    assert every(512, 1000, 4, False, torch.bfloat16) == 128
-    assert every(512, 1000, 128, False, torch.float64) == 100
-    assert every(512, 1000, 3, False, torch.float32) == 100
-    assert every(512, 1000, 4, True, torch.float32) == 100
-    assert every(512, 90, 4, False, torch.float32) == 90
-    assert Control(checkpoint_every=1).stretch(512, 8, 1, False, torch.zeros(0)) == 8
+    assert every(512, 1000, 4, False, x.to(torch.float32)) == 128
+    assert every(512, 1000, 4, False, x.to(torch.bfloat16)) == 128
+    assert every(512, 1000, 128, False, x.to(torch.float64)) == 100
+    assert every(512, 1000, 3, False, x.to(torch.float32)) == 100
+    assert every(512, 1000, 4, True, x.to(torch.float32)) == 100
+    assert every(512, 90, 4, False, x.to(torch.float32)) == 90
+    assert Control(checkpoint_every=1).stretch(512, 8, 1, False, x) == 8
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
