@@ -36,18 +36,24 @@ class TokenLoop:
         states: tuple[Tensor, ...],
         generator: torch.Generator | None,
     ) -> None:
-        self.options, self.read, self.head = options, read, head
-        self.output, self.states, self.generator = output, states, generator
+        self.options: Options = options
+        self.read: Callable[[Tensor, Any], tuple[Tensor, tuple[Tensor, ...]]] = read
+        self.head: Callable[[Tensor], Tensor] = head
+        self.output: Tensor = output
+        self.states: tuple[Tensor, ...] = states
+        self.generator: torch.Generator | None = generator
         batch, device = output.size(0), output.device
 
         def new(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape or (batch,), dtype=dtype, device=device)
 
-        self.at = new(torch.int64, 1)
-        self.history = new(torch.int64, options.steps, batch)
-        self.ended, self.lengths = new(torch.bool), new(torch.int64)
-        self.log_probs = new(torch.float64)
-        self.failure, self.failed_at = new(torch.int64), new(torch.int64)
+        self.at: Tensor = new(torch.int64, 1)
+        self.history: Tensor = new(torch.int64, options.steps, batch)
+        self.ended: Tensor = new(torch.bool)
+        self.lengths: Tensor = new(torch.int64)
+        self.log_probs: Tensor = new(torch.float64)
+        self.failure: Tensor = new(torch.int64)
+        self.failed_at: Tensor = new(torch.int64)
 
     def step(self) -> None:
         """Chooses a token of every sequence and reads it; those that have ended read eos again."""
