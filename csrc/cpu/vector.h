@@ -23,6 +23,8 @@ struct Simd<float> {
   typedef uint32_t Bits __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
   typedef uint8_t Bytes
       __attribute__((vector_size(RNN_EXT_VECTOR_BYTES / 4), aligned(1), may_alias));
+  typedef uint16_t Pairs __attribute__((vector_size(RNN_EXT_VECTOR_BYTES / 2)));
+  RNN_EXT_INLINE static Bits widened(Pairs v) { return __builtin_convertvector(v, Bits); }
 };
 
 template <>
@@ -33,6 +35,11 @@ struct Simd<double> {
   typedef uint64_t Bits __attribute__((vector_size(RNN_EXT_VECTOR_BYTES)));
   typedef uint8_t Bytes
       __attribute__((vector_size(RNN_EXT_VECTOR_BYTES / 8), aligned(1), may_alias));
+  typedef uint16_t Pairs __attribute__((vector_size(RNN_EXT_VECTOR_BYTES / 4)));
+  typedef uint32_t Quads __attribute__((vector_size(RNN_EXT_VECTOR_BYTES / 2)));
+  RNN_EXT_INLINE static Bits widened(Pairs v) {
+    return __builtin_convertvector(__builtin_convertvector(v, Quads), Bits);
+  }
 };
 
 // A register of what is computed with; BFloat16 is computed with as float.
@@ -67,14 +74,15 @@ RNN_EXT_INLINE void store(real* p, Vec<real> v, int lanes) {
   for (int l = 0; l < lanes; l++) p[l] = v[l];
 }
 
-// One where a flag is set, zero elsewhere.
+// One where a flag is set, zero elsewhere. Bytes become lanes by steps of twice the width: g++ takes
+// longer ones lane by lane.
 template <class value>
 RNN_EXT_INLINE Vec<value> load_flags(const bool* p, int lanes) {
   using S = Simd<Real<value>>;
   const Vec<value> zero{};
   if (lanes == kLanes<value>) {
-    const auto flags =
-        __builtin_convertvector(*reinterpret_cast<const typename S::Bytes*>(p), typename S::Bits);
+    const auto flags = S::widened(
+        __builtin_convertvector(*reinterpret_cast<const typename S::Bytes*>(p), typename S::Pairs));
     return flags != 0 ? 1 - zero : zero;
   }
   Vec<value> v = zero;
