@@ -52,7 +52,13 @@ MUTANTS = [
         "if (reset) return p.restored.c",
         "if (false) return p.restored.c",
     ),
-    ("scale of the wrong group", "gru", FORWARD, "row * groups + group", "row * groups"),
+    (
+        "scale of the wrong group",
+        "gru",
+        FORWARD,
+        "row * groups + group",
+        "row * groups + 0 * group",
+    ),
     (
         "wrong gate kept",
         "lstm",
@@ -72,7 +78,7 @@ MUTANTS = [
         "gru",
         BACKWARD,
         "hat(i) * lost.along) * scale;\n      store",
-        "hat(i) * lost.along);\n      store",
+        "hat(i) * lost.along) * (scale / scale);\n      store",
     ),
     (
         "cell's scale left out",

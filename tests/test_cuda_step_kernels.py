@@ -248,7 +248,13 @@ MUTANTS = [
         "return dh > limit ? limit : dh < -limit",
         "return dh < -limit",
     ),
-    (BACKWARD, "a row of another norm", "gru", "load<R>(p.norms, row)", "load<R>(p.norms, 0)"),
+    (
+        BACKWARD,
+        "a row of another norm",
+        "gru",
+        "load<R>(p.norms, row)",
+        "load<R>(p.norms, 0 * row)",
+    ),
     (
         BACKWARD,
         "norm without the carry",
