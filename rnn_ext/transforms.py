@@ -9,6 +9,7 @@ computes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 from math import prod
 from typing import Any
@@ -19,6 +20,7 @@ from torch._C import _functorch
 
 from . import _C, composite
 from .backend import current, warn_once
+from .folding import fold, one_by_one, unfold
 from .zoneout import Zoneout, with_masks
 
 __all__ = ["Call", "layer", "layer_backward", "vjp", "watched", "watched_backward"]
@@ -278,11 +280,11 @@ class _Layer(torch.autograd.Function):
         dims, size = in_dims[1:], info.batch_size
         states = sum(call.present[:_STATES])
         if any(dim is not None for dim in dims[states:]) or not size:
-            return _one_by_one(_Layer, size, in_dims, (call, *tensors))
-        folded = [_fold(t, dim, size) for t, dim in zip(tensors[:states], dims)]
+            return one_by_one(partial(_apply, _Layer), size, in_dims, (call, *tensors))
+        folded = [fold(t, dim, size) for t, dim in zip(tensors[:states], dims)]
         *results, kept = _apply(_Layer, call.folded(size), *folded, *tensors[states:])
         dims = [r.dim() - 1 for r in results]
-        return (*(_unfold(r, size) for r in results), kept), (*dims, None)
+        return (*(unfold(r, size) for r in results), kept), (*dims, None)
 
 
 class _LayerBackward(torch.autograd.Function):
@@ -341,15 +343,15 @@ class _LayerBackward(torch.autograd.Function):
         dims, size = in_dims[1:], info.batch_size
         first, last = sum(call.present[:_STATES]), sum(call.present[:_INPUTS])
         if any(dim is not None for dim in dims[first:last]) or not size:
-            return _one_by_one(_LayerBackward, size, in_dims, (call, *tensors))
+            return one_by_one(partial(_apply, _LayerBackward), size, in_dims, (call, *tensors))
         folded = [
-            t if first <= i < last else _fold(t, dim, size)
+            t if first <= i < last else fold(t, dim, size)
             for i, (t, dim) in enumerate(zip(tensors, dims))
         ]
         results = _apply(_LayerBackward, call.folded(size), *folded)
         states = sum(call.wanted[:_STATES])
         dims = [r.dim() - 1 if i < states else len(call.groups) for i, r in enumerate(results)]
-        return (*(_unfold(r, size) for r in results[:states]), *results[states:]), tuple(dims)
+        return (*(unfold(r, size) for r in results[:states]), *results[states:]), tuple(dims)
 
 
 def _composed_gradients(call, tensors, upstream):
@@ -383,7 +385,7 @@ def _composed_by_group(call, tensors, upstream):
         lambda *given: _composed_gradients(inner, given[:_INPUTS], given[_INPUTS:]),
         tuple(t.dim() - 1 if f else None for t, f in zip(given, folded)),
         (*[-2] * states, *[len(inner.groups)] * (sum(call.wanted) - states)),
-    )(*(_unfold(t, size) if f else t for t, f in zip(given, folded)))
+    )(*(unfold(t, size) if f else t for t, f in zip(given, folded)))
     return (*(r.flatten(-3, -2) for r in results[:states]), *results[states:])
 
 
@@ -419,37 +421,3 @@ def vjp(
             )
     found = iter(found)
     return [next(found) if w else None for w in wanted]
-
-
-def _fold(tensor, dim, size):
-    """[..., rows, features] with a vmapped dimension ``dim`` as [..., rows * size, features]."""
-    if dim is None:
-        tensor = tensor.unsqueeze(-2).expand(*tensor.shape[:-1], size, tensor.shape[-1])
-    else:
-        tensor = tensor.movedim(dim, -2)
-    return tensor.flatten(-3, -2)
-
-
-def _unfold(tensor, size):
-    """The reverse of `_fold`; the vmapped dimension is the last but one."""
-    return tensor.unflatten(-2, (tensor.shape[-2] // size, size))
-
-
-def _one_by_one(function, size, in_dims, arguments):
-    """The vmap rule that calls ``function`` for each entry of the vmapped dimension."""
-    if not size:  # one entry of zeros, for the shapes
-        arguments = [
-            a if dim is None else a.new_zeros((*a.shape[:dim], 1, *a.shape[dim + 1 :]))
-            for a, dim in zip(arguments, in_dims)
-        ]
-        results, dims = _one_by_one(function, 1, in_dims, arguments)
-        return tuple(r[:0] if isinstance(r, Tensor) else r for r in results), dims
-    entries = [
-        _apply(
-            function,
-            *(a if dim is None else a.select(dim, k) for a, dim in zip(arguments, in_dims)),
-        )
-        for k in range(size)
-    ]
-    results = [torch.stack(r) if isinstance(r[0], Tensor) else r[0] for r in zip(*entries)]
-    return tuple(results), tuple(0 if isinstance(r, Tensor) else None for r in results)
