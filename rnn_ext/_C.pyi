@@ -136,6 +136,7 @@ def run_stack(
     dropout: float,
     resets: _Optional,
     restored: Sequence[Tensor],
+    options: tuple[bool, bool, float, float, float] | None,  # hooks.StackOptions
     /,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
 def run_cell(
@@ -200,6 +201,7 @@ def random_mask(
     rows: Tensor,
     columns: int,
     threshold: int,
+    dropped: float,
     kept: float,
     like: Tensor,
     /,

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, options
 from .control import Control, checked_control
-from .hooks import Hooks
+from .hooks import Hooks, StackOptions
 from .initialization import recurrent_
 from .normalized_options import OPTIONS, WithNormalization
 from .replacement import Replacement
@@ -179,16 +179,18 @@ class ExtendedLayers(WithNormalization, WithStates, Replacement, torch.nn.RNNBas
         outputs = [directions * (self.proj_size or width) for width in self._widths()]
         return list(zip([self.input_size, *outputs], outputs))
 
-    def _hooks(self, details):
-        return Hooks(
-            2 if self.bidirectional else 1,
-            training=self.training,
-            residual=self.residual,
-            weight_dropout=self._probability("weight_dropout"),
-            variational_dropout=self._probability("variational_dropout"),
-            zoneout=self._probability("zoneout"),
-            gates="gates" in details,
+    def _options(self):
+        return StackOptions(
+            self.training,
+            self.residual,
+            self._probability("weight_dropout"),
+            self._probability("variational_dropout"),
+            self._probability("zoneout"),
         )
+
+    def _hooks(self, details):
+        directions = 2 if self.bidirectional else 1
+        return Hooks(directions, self._options(), gates="gates" in details)
 
     def _states(self, hx):
         if not isinstance(self.hidden_size, tuple):

@@ -1,16 +1,27 @@
 """What a stack does around its layers: masks, residual links, zoneout, and a look at the gates."""
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import inspection, random
 
-__all__ = ["Hooks"]
+__all__ = ["Hooks", "StackOptions"]
 
 Group: TypeAlias = tuple[Tensor | None, ...]
+
+
+class StackOptions(NamedTuple):
+    """What a stack has that torch.nn's have not, as `RecurrentLayers` has it; masks are drawn where
+    ``training``. ``_C.run_stack`` takes it too."""
+
+    training: bool = False
+    residual: bool = False
+    weight_dropout: float = 0.0
+    variational_dropout: float = 0.0
+    zoneout: float = 0.0
 
 
 class Hooks:
@@ -20,8 +31,7 @@ class Hooks:
 
     Args:
         directions: 1 or 2.
-        training: whether masks are drawn.
-        residual, weight_dropout, variational_dropout, zoneout: as `RecurrentLayers` has them.
+        options: of the stack.
         batch: B. To be set before the layers run, as is ``sequences``.
         sequences: [B] int64, which sequence stands where in the batch; None: in order. So that the
             masks of a sequence do not depend on how a batch was sorted.
@@ -31,20 +41,14 @@ class Hooks:
     def __init__(
         self,
         directions: int,
+        options: StackOptions,
         *,
-        training: bool = False,
-        residual: bool = False,
-        weight_dropout: float = 0.0,
-        variational_dropout: float = 0.0,
-        zoneout: float = 0.0,
         gates: bool = False,
     ) -> None:
         self.directions: int = directions
-        self.training: bool = training
-        self.residual: bool = residual
-        self.zoneout: float = zoneout
-        self.weight_dropout: float = weight_dropout if training else 0.0
-        self.variational_dropout: float = variational_dropout if training else 0.0
+        self.training, self.residual, weight_dropout, variational_dropout, self.zoneout = options
+        self.weight_dropout: float = weight_dropout if self.training else 0.0
+        self.variational_dropout: float = variational_dropout if self.training else 0.0
         self.gates: bool = gates
         self.batch: int = 0
         self.sequences: Tensor | None = None
@@ -111,8 +115,9 @@ class Hooks:
 
     def _hold(self, purpose, layer, steps, rows, x, state):
         units, like = state.size(-1), torch.empty(0, dtype=torch.bool, device=x.device)
-        moving = self._mask(purpose, layer, steps, rows, units, self.zoneout, like, 1.0)
-        return moving.logical_not().reshape(*x.shape[:-1], units)
+        values = 0.0, 1.0  # of a unit that moves on, and of one that holds
+        held = self._mask(purpose, layer, steps, rows, units, self.zoneout, like, values)
+        return held.reshape(*x.shape[:-1], units)
 
     def after(self, first: int, before: Tensor, x: Tensor) -> Tensor:
         """What layer ``first`` hands on, given what reached it and what it computed."""
@@ -152,9 +157,9 @@ class Hooks:
     def _rows(self, steps):
         return torch.arange(steps.size(0)) if self.sequences is None else self.sequences
 
-    def _mask(self, purpose, layer, steps, rows, columns, p, like, scale=None):
+    def _mask(self, purpose, layer, steps, rows, columns, p, like, values=None):
         if self._seed is None:
             self._seed = random.draw_seed()
-        scale = 1 / (1 - p) if scale is None else scale
+        kept, dropped = values or (1 / (1 - p), 0.0)
         stream = random.stream(purpose, layer)
-        return random.mask(self._seed, stream, steps, rows, columns, p, scale, like)
+        return random.mask(self._seed, stream, steps, rows, columns, p, kept, like, dropped)

@@ -150,12 +150,12 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
             raise ValueError(
                 f"{self._get_name()}: return_gates does not know {self._extra}; leave it out"
             )
-        hooks = self._hooks(details) if self._extended or details else None
         plain = lengths is None and not details and control is None
         if plain and type(input) is Tensor and is_plain_call():
-            results = self._run_plain(input, hx, hooks, resets, initial_state)
+            results = self._run_plain(input, hx, resets, initial_state)
             if results is not None:
                 return results
+        hooks = self._hooks(details) if self._extended or details else None
         options = {f"return_{name}": True for name in details}
         given = {"lengths": lengths, "resets": resets, "initial_state": initial_state}
         node = self._as_leaf(input, hx=hx, **given, **options)
@@ -231,7 +231,7 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
             cells = gates if cells is None else torch.cat((cells, gates), -1)
         return self._like(input, output), state, self._like(input, cells) if details else None
 
-    def _run_plain(self, input, hx, hooks, resets, initial_state):
+    def _run_plain(self, input, hx, resets, initial_state):
         """As `_run`, in one call of C++; None if it does not serve all of it."""
         if self._whole_rows:
             return None
@@ -239,23 +239,24 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
         restored = () if initial_state is None else self._states(initial_state)
         if states is None or restored is None or not isinstance(resets, (Tensor, NoneType)):
             return None
-        if hooks is None:
+        options = None
+        if not self._extended:
             parameters = self._parameters
             try:
                 weights = [parameters[name] for names in self._all_weights for name in names]
             except KeyError:  # a parametrization
                 return None
         else:
-            if hooks.around_layers or input.dim() != 3 or isinstance(self.hidden_size, tuple):
+            if input.dim() != 3 or isinstance(self.hidden_size, tuple):
                 return None
-            weights = hooks.weights(self._weights())
-            weights = [w for group in weights for w in group if w is not None]
+            options = self._options()
+            weights = [w for group in self._weights() for w in group if w is not None]
             if hx is None and self.learn_initial_state:
                 states = self._learned(input.size(0 if self.batch_first else 1))
         directions = 2 if self.bidirectional else 1
         results = _C.run_stack(
             self._cell, input, states, weights, directions, bool(self.bias), self.proj_size > 0,
-            self.batch_first, self.dropout if self.training else 0.0, resets, restored,
+            self.batch_first, self.dropout if self.training else 0.0, resets, restored, options,
         )  # fmt: skip
         if results is None:
             return None

@@ -79,11 +79,14 @@ def random_mask(
     rows: Tensor,
     columns: int,
     threshold: int,
+    dropped: float,
     kept: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """As ``_C.random_mask``, on the CPU."""
-    return _operators.random_mask(seed, stream, steps, rows, columns, threshold, kept, dtype)
+    return _operators.random_mask(
+        seed, stream, steps, rows, columns, threshold, dropped, kept, dtype
+    )
 
 
 def _stacked(zoneout):
@@ -218,7 +221,7 @@ def _packing_fake(lengths, steps):
     return tuple(lengths.new_empty(n) for n in (rows, taken, *lengths.shape * 2))
 
 
-def _random_mask_fake(seed, stream, steps, rows, columns, threshold, kept, dtype):
+def _random_mask_fake(seed, stream, steps, rows, columns, threshold, dropped, kept, dtype):
     return steps.new_empty((steps.shape[0], columns), dtype=dtype)
 
 

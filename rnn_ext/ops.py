@@ -255,9 +255,9 @@ def _watched_backward(ctx, reverse, resets, zoneout, tensors, saved, upstream, w
     return transforms.layer_backward(call, tensors, saved, upstream, wanted)
 
 
-def _general_backward(cell, tensors, reverse, resets, saved, isa, upstream, wanted):
+def _general_backward(cell, tensors, reverse, resets, holds, saved, isa, upstream, wanted):
     """The same for a layer that C++ ran (csrc/ops/training.cpp)."""
-    call = transforms.Call(cell, None, reverse, "auto", resets, isa=isa)
+    call = transforms.Call(cell, None, reverse, "auto", resets, paired(*holds), isa=isa)
     return transforms.layer_backward(call, tensors, saved, upstream, wanted)
 
 

@@ -47,9 +47,10 @@ def mask(
     p: float,
     kept: float,
     like: Tensor,
+    dropped: float = 0.0,
 ) -> Tensor:
-    """``kept`` with probability 1 - p, else 0: [N, columns] of the dtype and device of ``like``,
-    which may be bool.
+    """``kept`` with probability 1 - p, else ``dropped``: [N, columns] of the dtype and device of
+    ``like``, which may be bool.
 
     Args:
         seed: of `draw_seed`.
@@ -59,7 +60,7 @@ def mask(
     limit = threshold(p)
     composed = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if like.is_cpu and not composed:
-        where = stream, steps, rows, columns, limit, kept
+        where = stream, steps, rows, columns, limit, dropped, kept
         if torch.compiler.is_compiling():
             return library.random_mask(seed, *where, like.dtype)
         return _C.random_mask(seed.item(), *where, like)
@@ -67,8 +68,8 @@ def mask(
     quads = torch.arange((columns + 3) // 4, device=like.device)
     words = _philox(seed, (quads, rows[:, None], steps[:, None], stream))
     words = torch.stack(words, -1).flatten(1)[:, :columns]
-    chosen = words >= limit
-    return chosen if like.dtype == torch.bool else chosen.to(like.dtype) * kept
+    kept, dropped = (torch.tensor(value, dtype=like.dtype) for value in (kept, dropped))
+    return torch.where(words >= limit, kept, dropped)
 
 
 def _philox(seed, counter):

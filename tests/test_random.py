@@ -129,7 +129,7 @@ def test_entries_of_vmap_share_masks_or_are_refused():
 
 def test_the_operator_passes_the_checks_of_torch():
     steps, rows = torch.tensor([0, 2, 1]), torch.tensor([4, 0, 3])
-    given = (torch.tensor(7), 3, steps, rows, 6, truth.threshold(0.25), 2.0, torch.float64)
+    given = (torch.tensor(7), 3, steps, rows, 6, truth.threshold(0.25), 0.0, 2.0, torch.float64)
     torch.library.opcheck(torch.ops.rnn_ext.random_mask.default, given)
     expected = truth.keep(7, 3, steps, rows, 6, 0.25) * 2.0
     assert torch.equal(torch.ops.rnn_ext.random_mask(*given), torch.from_numpy(expected))

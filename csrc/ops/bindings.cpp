@@ -1,19 +1,18 @@
 // The Python module rnn_ext._C: a list of operations.
+#include "bindings.h"
+
 #include <ATen/Parallel.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "../cpu/dispatch.h"
-#include "../cpu/rtrl_problem.h"
 #include "../cpu/scratch.h"
 #include "../cpu/team.h"
 #include "../cuda/device_limits.h"
 #include "cuda_layer.h"
 #include "cuda_numbers.h"
-#include "normalized_bindings.h"
 #include "quantized.h"
 #include "random.h"
-#include "rtrl.h"
 #include "stack.h"
 #include "training.h"
 
@@ -25,16 +24,7 @@ namespace py = pybind11;
 using namespace rnn_ext;
 using at::Tensor;
 
-void define_generation(py::module_& m);  // generation_bindings.cpp
-
 namespace {
-
-// Everything below leaves the interpreter lock to other threads while it computes.
-template <class Function>
-auto without_gil(const Function& f) {
-  py::gil_scoped_release release;
-  return f();
-}
 
 // What rnn_ext.use_backend says of CUDA tensors.
 cuda::Path path_of(const std::string& backend) {
@@ -213,10 +203,16 @@ py::object shown(std::optional<StackOutputs>&& out) {
 py::object stack(const std::string& cell, const Tensor& input, const std::vector<Tensor>& hx,
                  const std::vector<Tensor>& weights, int directions, bool bias, bool projected,
                  bool batch_first, double dropout, const OptionalTensor& resets,
-                 const std::vector<Tensor>& restored) {
+                 const std::vector<Tensor>& restored,
+                 const std::optional<std::tuple<bool, bool, double, double, double>>& options) {
+  StackOptions given;
+  if (options) {
+    const auto& [training, residual, weight_dropout, variational_dropout, zoneout] = *options;
+    given = {training, residual, weight_dropout, variational_dropout, zoneout};
+  }
   return shown(without_gil([&] {
     return run_stack(cell, input, hx, weights, directions, bias, projected, batch_first, dropout,
-                     resets, restored);
+                     resets, restored, given);
   }));
 }
 
@@ -225,7 +221,8 @@ py::object one_step(const std::string& cell, const Tensor& input, const std::vec
   return shown(without_gil([&] { return run_cell(cell, input, hx, weights, bias); }));
 }
 
-// function(cell, tensors, reverse, resets, saved, isa, upstream, wanted), as rnn_ext/ops.py defines it.
+// function(cell, tensors, reverse, resets, holds, saved, isa, upstream, wanted), as rnn_ext/ops.py
+// defines it.
 void general_backward_in(const py::function& function) {
   // Never destroyed: at exit the interpreter may be gone first.
   const auto* kept = new py::function(function);
@@ -235,7 +232,7 @@ void general_backward_in(const py::function& function) {
     return (*kept)(
                in.cell,
                py::make_tuple(in.input, in.h0, in.c0, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr),
-               in.reverse, in.resets,
+               in.reverse, in.resets, py::make_tuple(in.hold_h, in.hold_c),
                py::make_tuple(saved.states, saved.cells, saved.gates, saved.middle), saved.isa,
                py::make_tuple(d.d_output, d.d_h_n, d.d_c_n, d.d_cells), wanted)
         .cast<InputGradients>();
@@ -267,46 +264,6 @@ py::object quantized_layers(const std::string& cell, const Tensor& input,
   return shown(without_gil([&] {
     return quantized_stack(cell, input, hx, weights, directions, hidden, output, batch_first);
   }));
-}
-
-// w_ih, w_hh, b_ih, b_hh.
-RtrlLayer online_layer(const std::string& cell, const std::array<OptionalTensor, 4>& weights) {
-  return {cell, weights[0].value(), weights[1].value(), weights[2], weights[3]};
-}
-
-auto influence_of(const std::string& cell, const std::array<OptionalTensor, 4>& weights, long batch,
-                  bool diagonal) {
-  return rtrl_influence(online_layer(cell, weights), batch, diagonal);
-}
-
-using Pending = std::optional<std::tuple<Tensor, Tensor, long>>;  // steps, start, count
-
-std::optional<RtrlPending> pending_steps(const Pending& pending) {
-  if (!pending) return {};
-  const auto& [steps, start, count] = *pending;
-  return RtrlPending{steps, start, count};
-}
-
-auto step_online(const std::string& cell, const std::array<OptionalTensor, 4>& weights,
-                 const Tensor& x, const OptionalTensor& reset, const Tensor& h,
-                 const OptionalTensor& c, const Tensor& influence, const Pending& pending) {
-  const RtrlLayer layer = online_layer(cell, weights);
-  const auto [status, h_new] = without_gil(
-      [&] { return rtrl_step(layer, x, reset, h, c, influence, pending_steps(pending)); });
-  return std::make_tuple(int(status), h_new);
-}
-
-void advance_online(const std::string& cell, const std::array<OptionalTensor, 4>& weights,
-                    const Tensor& influence, const Pending& pending) {
-  const RtrlLayer layer = online_layer(cell, weights);
-  without_gil([&] { rtrl_advance(layer, influence, pending_steps(pending).value()); });
-}
-
-int accumulate_online(const std::string& cell, const std::array<OptionalTensor, 4>& weights,
-                      const Tensor& d_h, const Tensor& influence, const Pending& pending) {
-  const RtrlLayer layer = online_layer(cell, weights);
-  return int(
-      without_gil([&] { return rtrl_accumulate(layer, d_h, influence, pending_steps(pending)); }));
 }
 
 py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps, long batch,
@@ -396,21 +353,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_general_backward", &general_backward_in);
   m.def("quantized_layer", &quantized);
   m.def("quantized_stack", &quantized_layers);
-  m.def("rtrl_influence", &influence_of);
-  m.def("rtrl_step", &step_online);
-  m.def("rtrl_advance", &advance_online);
-  m.def("rtrl_accumulate", &accumulate_online);
-  m.attr("rtrl_pending_steps") = kPendingSteps;
+  define_online(m);
   define_generation(m);
   define_normalized(m);
   m.def("both_forward", &forward_both);
   m.def("both_backward", &backward_both);
-  m.def("random_mask", [](int64_t seed, int64_t stream, const Tensor& steps, const Tensor& rows,
-                          int64_t columns, int64_t threshold, double kept, const Tensor& like) {
-    return without_gil([&] {
-      return random_mask(seed, stream, steps, rows, columns, threshold, kept, like.scalar_type());
-    });
-  });
+  m.def("random_mask",
+        [](int64_t seed, int64_t stream, const Tensor& steps, const Tensor& rows, int64_t columns,
+           int64_t threshold, double dropped, double kept, const Tensor& like) {
+          return without_gil([&] {
+            return random_mask(seed, stream, steps, rows, columns, threshold, {dropped, kept},
+                               like.scalar_type());
+          });
+        });
   m.def("gates_width", [](const std::string& cell, long hidden, size_t real_bytes) {
     return active_kernels().gates_width(cell_kind(cell), hidden, real_bytes);
   });

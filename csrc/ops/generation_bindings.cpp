@@ -3,13 +3,14 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "bindings.h"
 #include "generate.h"
 
-namespace py = pybind11;
-using namespace rnn_ext;
-using at::Tensor;
-
+namespace rnn_ext {
 namespace {
+
+namespace py = pybind11;
+using at::Tensor;
 
 std::unique_ptr<TokenChoice> make_choice(int64_t batch, int64_t tokens, int64_t steps,
                                          double temperature, int64_t top_k, double top_p,
@@ -77,3 +78,5 @@ void define_generation(py::module_& m) {
       .def("chosen", &chosen);
   m.def("generate", &generate_tokens);
 }
+
+}  // namespace rnn_ext

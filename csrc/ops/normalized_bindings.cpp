@@ -1,10 +1,10 @@
-#include "normalized_bindings.h"
-
+// The part of rnn_ext._C for layer normalisation and peepholes.
 #include <ATen/Parallel.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "../cpu/dispatch.h"
+#include "bindings.h"
 #include "normalized.h"
 
 namespace rnn_ext {

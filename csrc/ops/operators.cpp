@@ -189,8 +189,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packing(const Tensor& lengths, int64_
 }
 
 Tensor mask(const Tensor& seed, int64_t stream, const Tensor& steps, const Tensor& rows,
-            int64_t columns, int64_t threshold, double kept, at::ScalarType dtype) {
-  return random_mask(seed.item<int64_t>(), stream, steps, rows, columns, threshold, kept, dtype);
+            int64_t columns, int64_t threshold, double dropped, double kept, at::ScalarType dtype) {
+  return random_mask(seed.item<int64_t>(), stream, steps, rows, columns, threshold, {dropped, kept},
+                     dtype);
 }
 
 }  // namespace
@@ -216,7 +217,7 @@ RNN_EXT_LIBRARY(RNN_EXT_OPERATORS, m) {
       "-> (Tensor rows, Tensor batch_sizes, Tensor order, Tensor restore)");
   m.def(
       "random_mask(Tensor seed, int stream, Tensor steps, Tensor rows, SymInt columns, "
-      "int threshold, float kept, ScalarType dtype) -> Tensor");
+      "int threshold, float dropped, float kept, ScalarType dtype) -> Tensor");
 }
 
 RNN_EXT_LIBRARY_IMPL(RNN_EXT_OPERATORS, CPU, m) {

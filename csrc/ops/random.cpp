@@ -3,10 +3,13 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/randint.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 
 #include "../cpu/dispatch.h"
 
@@ -24,6 +27,8 @@ namespace {
 
 constexpr int kLanes = 16, kWords = 4, kBlock = kLanes * kWords;
 constexpr uint64_t kWord = 0xFFFFFFFF;
+// As rnn_ext/reference/random.py and rnn_ext/random.py have them.
+constexpr int64_t kStreamsOfLayer = 8, kSeeds = int64_t{1} << 62;
 
 // Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), for the
 // counters (first, first + 1, ...; row; step; stream): four words of each, one after the other.
@@ -89,15 +94,17 @@ RNN_EXT_AVX512 void philox_avx512(uint64_t seed, uint32_t first, uint32_t row, u
 }
 #endif
 
-// out = kept where a word is at least `threshold`, elsewhere 0
-RNN_EXT_VARIANTS void choose(const uint32_t* words, uint32_t threshold, float kept, float* out) {
-  for (int i = 0; i < kBlock; i++) out[i] = words[i] >= threshold ? kept : 0.0f;
+RNN_EXT_VARIANTS void choose(const uint32_t* words, uint32_t threshold, float dropped, float kept,
+                             float* out) {
+  for (int i = 0; i < kBlock; i++) out[i] = words[i] >= threshold ? kept : dropped;
 }
-RNN_EXT_VARIANTS void choose(const uint32_t* words, uint32_t threshold, double kept, double* out) {
-  for (int i = 0; i < kBlock; i++) out[i] = words[i] >= threshold ? kept : 0.0;
+RNN_EXT_VARIANTS void choose(const uint32_t* words, uint32_t threshold, double dropped, double kept,
+                             double* out) {
+  for (int i = 0; i < kBlock; i++) out[i] = words[i] >= threshold ? kept : dropped;
 }
-RNN_EXT_VARIANTS void choose(const uint32_t* words, uint32_t threshold, bool kept, bool* out) {
-  for (int i = 0; i < kBlock; i++) out[i] = kept & (words[i] >= threshold);
+RNN_EXT_VARIANTS void choose(const uint32_t* words, uint32_t threshold, bool dropped, bool kept,
+                             bool* out) {
+  for (int i = 0; i < kBlock; i++) out[i] = (words[i] >= threshold ? kept : dropped);
 }
 
 using Words = void (*)(uint64_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t*);
@@ -110,26 +117,53 @@ Words words_of_isa() {
   return philox;
 }
 
+// The masks of one stream.
+struct Filling {
+  Words words_of;
+  uint64_t seed;
+  uint32_t stream, threshold;
+  MaskValues values;
+};
+
 template <class Value>
-void fill_row(Words words_of, Value* out, int64_t columns, uint64_t seed, uint32_t stream,
-              uint32_t step, uint32_t row, uint32_t threshold, Value kept) {
+void fill_row(const Filling& f, uint32_t step, uint32_t row, int64_t columns, Value* out) {
   using Wide = std::conditional_t<std::is_same_v<Value, double>, double, float>;
   using Number = std::conditional_t<std::is_same_v<Value, bool>, bool, Wide>;
+  const auto dropped = static_cast<Number>(f.values.dropped);
+  const auto kept = static_cast<Number>(f.values.kept);
   uint32_t words[kBlock];
   Number block[kBlock];
   for (int64_t j = 0; j < columns; j += kBlock) {
-    words_of(seed, static_cast<uint32_t>(j / kWords), row, step, stream, words);
-    choose(words, threshold, static_cast<Number>(kept), block);
+    f.words_of(f.seed, static_cast<uint32_t>(j / kWords), row, step, f.stream, words);
+    choose(words, f.threshold, dropped, kept, block);
     const int64_t count = std::min<int64_t>(columns - j, kBlock);
     for (int64_t i = 0; i < count; i++) out[j + i] = static_cast<Value>(block[i]);
   }
 }
 
+// Fills `result`, of so many rows, which place_of(i) gives a step and a sequence.
+template <class Place>
+void fill(const Filling& filling, const at::Tensor& result, int64_t count, const Place& place_of) {
+  const int64_t columns = result.size(-1);
+  AT_DISPATCH_FLOATING_TYPES_AND3(
+      at::kBFloat16, at::kHalf, at::kBool, result.scalar_type(), "random_mask", [&] {
+        scalar_t* out = result.mutable_data_ptr<scalar_t>();
+        const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
+        at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; i++) {
+            const auto [step, row] = place_of(i);
+            fill_row(filling, static_cast<uint32_t>(step), static_cast<uint32_t>(row), columns,
+                     out + i * columns);
+          }
+        });
+      });
+}
+
 }  // namespace
 
 at::Tensor random_mask(int64_t seed, int64_t stream, const at::Tensor& steps,
-                       const at::Tensor& rows, int64_t columns, int64_t threshold, double kept,
-                       at::ScalarType dtype) {
+                       const at::Tensor& rows, int64_t columns, int64_t threshold,
+                       MaskValues values, at::ScalarType dtype) {
   TORCH_CHECK(steps.is_cpu() && rows.is_cpu(), "random_mask: fills on the CPU");
   TORCH_CHECK(steps.dim() == 1 && rows.sizes() == steps.sizes(),
               "random_mask: steps and rows must be 1-D and equally long");
@@ -137,20 +171,24 @@ at::Tensor random_mask(int64_t seed, int64_t stream, const at::Tensor& steps,
   const at::Tensor result = at::empty({count, columns}, dtype);
   const at::Tensor step = steps.to(at::kLong).contiguous(), row = rows.to(at::kLong).contiguous();
   const int64_t *s = step.const_data_ptr<int64_t>(), *r = row.const_data_ptr<int64_t>();
-  const Words words_of = words_of_isa();
-  AT_DISPATCH_FLOATING_TYPES_AND3(
-      at::kBFloat16, at::kHalf, at::kBool, result.scalar_type(), "random_mask", [&] {
-        scalar_t* out = result.mutable_data_ptr<scalar_t>();
-        const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
-        at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; i++)
-            fill_row(words_of, out + i * columns, columns, static_cast<uint64_t>(seed),
-                     static_cast<uint32_t>(stream), static_cast<uint32_t>(s[i]),
-                     static_cast<uint32_t>(r[i]), static_cast<uint32_t>(threshold),
-                     static_cast<scalar_t>(kept));
-        });
-      });
+  const Filling filling{words_of_isa(), static_cast<uint64_t>(seed), static_cast<uint32_t>(stream),
+                        static_cast<uint32_t>(threshold), values};
+  fill(filling, result, count, [&](int64_t i) { return std::pair(s[i], r[i]); });
   return result;
 }
+
+at::Tensor random_mask(int64_t seed, MaskPurpose purpose, int64_t layer, int64_t steps,
+                       int64_t rows, int64_t columns, double p, MaskValues values,
+                       at::ScalarType dtype) {
+  const at::Tensor result = at::empty({steps, rows, columns}, dtype);
+  const auto stream = static_cast<uint32_t>(kStreamsOfLayer * layer + static_cast<int>(purpose));
+  const double threshold = std::min<double>(std::nearbyint(p * 0x1p32), kWord);
+  const Filling filling{words_of_isa(), static_cast<uint64_t>(seed), stream,
+                        static_cast<uint32_t>(threshold), values};
+  fill(filling, result, steps * rows, [&](int64_t i) { return std::pair(i / rows, i % rows); });
+  return result;
+}
+
+int64_t draw_seed() { return at::randint(kSeeds, {}, at::kLong).item<int64_t>(); }
 
 }  // namespace rnn_ext

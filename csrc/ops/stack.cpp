@@ -2,11 +2,15 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
+#include "random.h"
 #include "training.h"
 
 namespace rnn_ext {
@@ -60,6 +64,49 @@ LayerInputs layer_inputs(const std::string& cell, const Tensor& x, const Tensor&
   return in;
 }
 
+// The masks of one call, which rnn_ext/hooks.py draws for the general path.
+class Masks {
+ public:
+  explicit Masks(const StackOptions& options) : o_(options) {
+    if (o_.training && (o_.weight_dropout || o_.variational_dropout || o_.zoneout))
+      seed_ = draw_seed();
+  }
+
+  bool on_weights() const { return o_.training && o_.weight_dropout; }
+  bool on_inputs() const { return o_.training && o_.variational_dropout; }
+
+  Tensor on_weight(const Tensor& weight, int64_t layer) const {
+    const Tensor mask =
+        random_mask(seed_, MaskPurpose::kWeightDropout, layer, 1, weight.size(0), weight.size(1),
+                    o_.weight_dropout, scaled(o_.weight_dropout), weight.scalar_type());
+    return at::mul(weight, mask[0]);
+  }
+  // The input of a layer: one mask for all steps of a sequence.
+  Tensor on_input(const Tensor& x, int64_t layer) const {
+    const Tensor mask =
+        random_mask(seed_, MaskPurpose::kVariationalDropout, layer, 1, x.size(1), x.size(2),
+                    o_.variational_dropout, scaled(o_.variational_dropout), x.scalar_type());
+    return at::mul(x, mask);
+  }
+  // What the steps of a layer hold on to.
+  void hold(LayerInputs& in, int64_t layer) const {
+    if (!o_.zoneout) return;
+    in.hold_h = held(MaskPurpose::kZoneoutH, in, layer, in.h0.size(-1));
+    if (in.c0) in.hold_c = held(MaskPurpose::kZoneoutC, in, layer, in.c0->size(-1));
+  }
+
+ private:
+  static MaskValues scaled(double p) { return {0, 1 / (1 - p)}; }
+  Tensor held(MaskPurpose purpose, const LayerInputs& in, int64_t layer, int64_t units) const {
+    if (!o_.training) return at::scalar_tensor(o_.zoneout, at::kDouble);
+    return random_mask(seed_, purpose, layer, in.input.size(0), in.input.size(1), units, o_.zoneout,
+                       {1, 0}, at::kBool);
+  }
+
+  const StackOptions& o_;
+  int64_t seed_ = 0;
+};
+
 // The states of all layers and directions, [layers and directions, B, size]. A single one, which
 // nobody else holds, gets its new shape in place: that costs a tenth of a view.
 Tensor joined(const std::vector<Tensor>& states, bool differentiable) {
@@ -77,7 +124,8 @@ std::optional<StackOutputs> run_stack(const std::string& cell, const Tensor& inp
                                       const std::vector<Tensor>& weights, int directions, bool bias,
                                       bool projected, bool batch_first, double dropout,
                                       const OptionalTensor& resets,
-                                      const std::vector<Tensor>& restored) {
+                                      const std::vector<Tensor>& restored,
+                                      const StackOptions& options) {
   const size_t each = 2 + 2 * bias + projected, count = weights.size() / each;
   const bool lstm = cell == "lstm";
   if (!all_plain(input, hx, weights) || input.dim() != 3) return std::nullopt;
@@ -113,21 +161,31 @@ std::optional<StackOutputs> run_stack(const std::string& cell, const Tensor& inp
     if (restored.empty()) return state;
     return at::cat({state, restored[i].select(0, k).expand({batch, widths[i]})});
   };
-  std::vector<Tensor> h_n, c_n;
+  const Masks masks(options);
+  std::vector<Tensor> masked, h_n, c_n;
+  if (masks.on_weights()) {
+    masked = weights;
+    for (size_t k = 0; k < count; k++)
+      masked[k * each + 1] = masks.on_weight(weights[k * each + 1], static_cast<int64_t>(k));
+  }
+  const Tensor* own = masked.empty() ? weights.data() : masked.data();
   std::vector<LayerInputs> layer;
   for (size_t first = 0; first < count; first += directions) {
+    const Tensor before = x;
     if (first && dropout > 0) x = at::dropout(x, dropout, /*train=*/true);
+    if (masks.on_inputs()) x = masks.on_input(x, static_cast<int64_t>(first));
     layer.clear();
     for (size_t k = first; k < first + directions; k++) {
       const Tensor h0 = with_restored(hx.empty() ? h_zero : hx[0].select(0, k), 0, k);
       OptionalTensor c0;
       if (lstm) c0 = with_restored(hx.empty() ? c_zero : hx[1].select(0, k), 1, k);
-      layer.push_back(
-          layer_inputs(cell, x, h0, c0, &weights[k * each], bias, projected, k > first));
+      layer.push_back(layer_inputs(cell, x, h0, c0, own + k * each, bias, projected, k > first));
       layer.back().resets = starts;
+      masks.hold(layer.back(), static_cast<int64_t>(k));
     }
     std::vector<LayerOutputs> out = run_layer(layer, differentiable);
     x = directions == 1 ? out[0].output : at::cat({out[0].output, out[1].output}, -1);
+    if (options.residual && first && before.size(-1) == x.size(-1)) x = at::add(x, before);
     for (LayerOutputs& o : out) {
       h_n.push_back(std::move(o.h_n));
       if (lstm) c_n.push_back(std::move(*o.c_n));

@@ -5,6 +5,13 @@
 
 namespace rnn_ext {
 
+// What torch.nn's layers have not: as RecurrentLayers (rnn_ext/modules.py) has it, 0 where it is
+// off. Masks are drawn in training alone; in evaluation zoneout is a share of every unit.
+struct StackOptions {
+  bool training = false, residual = false;
+  double weight_dropout = 0, variational_dropout = 0, zoneout = 0;
+};
+
 struct StackOutputs {
   at::Tensor output, h_n;
   OptionalTensor c_n;
@@ -21,7 +28,8 @@ std::optional<StackOutputs> run_stack(const std::string& cell, const at::Tensor&
                                       const std::vector<at::Tensor>& weights, int directions,
                                       bool bias, bool projected, bool batch_first, double dropout,
                                       const OptionalTensor& resets,
-                                      const std::vector<at::Tensor>& restored);
+                                      const std::vector<at::Tensor>& restored,
+                                      const StackOptions& options);
 
 // One step of a cell: input [B, I], states and results [B, size].
 std::optional<StackOutputs> run_cell(const std::string& cell, const at::Tensor& input,

@@ -16,13 +16,15 @@ GeneralBackward general_backward;
 // What a node keeps that is no tensor, and how its tensors lie in lists without gaps.
 struct Layout : torch::CustomClassHolder {
   std::string cell, isa;
-  bool lstm, bias, projected, resets;
+  bool lstm, bias, projected, resets, holds;
   std::vector<bool> reverse;  // of each direction
 
   size_t directions() const { return reverse.size(); }
   size_t inputs() const { return 4 + lstm + 2 * bias + projected; }  // of a direction, with x
+  size_t all() const { return 1 + directions() * (inputs() - 1 + holds * (1 + lstm)) + resets; }
 
-  // x, then h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr of each direction, then resets.
+  // x, then h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr of each direction, resets, and hold_h, hold_c of
+  // each direction.
   variable_list flat(const std::vector<LayerInputs>& given) const {
     variable_list list{given[0].input};
     for (const LayerInputs& in : given) {
@@ -33,6 +35,11 @@ struct Layout : torch::CustomClassHolder {
       if (projected) list.push_back(*in.w_hr);
     }
     if (resets) list.push_back(*given[0].resets);
+    if (holds)
+      for (const LayerInputs& in : given) {
+        list.push_back(*in.hold_h);
+        if (lstm) list.push_back(*in.hold_c);
+      }
     return list;
   }
 
@@ -52,6 +59,11 @@ struct Layout : torch::CustomClassHolder {
       for (LayerInputs& in : all) in.resets = *next;
       next++;
     }
+    if (holds)
+      for (LayerInputs& in : all) {
+        in.hold_h = *next++;
+        if (lstm) in.hold_c = *next++;
+      }
     return all;
   }
 
@@ -130,7 +142,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
       given = layer_backward(inputs, saved, d, wanted, cuda::Path::kAuto);
 
     // The last: of the layout.
-    variable_list gradients(1 + count * (layout.inputs() - 1) + layout.resets + 1);
+    variable_list gradients(layout.all() + 1);
     for (size_t k = 0; k < count; k++)
       for (int i = 0; i < kLayerInputs; i++) {
         const int at = layout.position(k, i);
@@ -152,6 +164,7 @@ std::vector<LayerOutputs> differentiable_layer(const std::vector<LayerInputs>& d
   layout->bias = first.b_ih.has_value();
   layout->projected = first.w_hr.has_value();
   layout->resets = first.resets.has_value();
+  layout->holds = first.hold_h.has_value();
   for (const LayerInputs& in : directions) layout->reverse.push_back(in.reverse);
   const variable_list flat = layout->flat(directions);
   const variable_list shown = LayerFunction::apply(at::TensorList(flat), layout);
