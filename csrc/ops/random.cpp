@@ -1,25 +1,20 @@
 #include "random.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/randint.h>
 
-#include <algorithm>
 #include <cmath>
 #include <string_view>
 #include <type_traits>
 #include <utility>
 
 #include "../cpu/dispatch.h"
+#include "parallel.h"
 
-// One source for every instruction set: the compiler makes the variants, the loader takes one.
 #if defined(__x86_64__) && defined(__linux__) && !defined(RNN_EXT_EMULATED)
-#define RNN_EXT_VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
 #define RNN_EXT_AVX512 __attribute__((target("avx512f")))
 #include <immintrin.h>
-#else
-#define RNN_EXT_VARIANTS
 #endif
 
 namespace rnn_ext {
@@ -148,9 +143,8 @@ void fill(const Filling& filling, const at::Tensor& result, int64_t count, const
   AT_DISPATCH_FLOATING_TYPES_AND3(
       at::kBFloat16, at::kHalf, at::kBool, result.scalar_type(), "random_mask", [&] {
         scalar_t* out = result.mutable_data_ptr<scalar_t>();
-        const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
-        at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; i++) {
+        run_team(threads_for(count * columns), [&](const Member& m) {
+          for (long i = m.begin(count); i < m.end(count); i++) {
             const auto [step, row] = place_of(i);
             fill_row(filling, static_cast<uint32_t>(step), static_cast<uint32_t>(row), columns,
                      out + i * columns);

@@ -12,6 +12,7 @@
 
 #include "random.h"
 #include "training.h"
+#include "weight_dropout.h"
 
 namespace rnn_ext {
 namespace {
@@ -76,17 +77,15 @@ class Masks {
   bool on_inputs() const { return o_.training && o_.variational_dropout; }
 
   Tensor on_weight(const Tensor& weight, int64_t layer) const {
-    const Tensor mask =
-        random_mask(seed_, MaskPurpose::kWeightDropout, layer, 1, weight.size(0), weight.size(1),
-                    o_.weight_dropout, scaled(o_.weight_dropout), weight.scalar_type());
-    return at::mul(weight, mask[0]);
+    const Tensor keep = random_mask(seed_, MaskPurpose::kWeightDropout, layer, 1, weight.size(0),
+                                    weight.size(1), o_.weight_dropout, {0, 1}, at::kBool);
+    return dropped_weight(weight, keep, o_.weight_dropout);
   }
   // The input of a layer: one mask for all steps of a sequence.
   Tensor on_input(const Tensor& x, int64_t layer) const {
-    const Tensor mask =
-        random_mask(seed_, MaskPurpose::kVariationalDropout, layer, 1, x.size(1), x.size(2),
-                    o_.variational_dropout, scaled(o_.variational_dropout), x.scalar_type());
-    return at::mul(x, mask);
+    const double p = o_.variational_dropout;
+    return at::mul(x, random_mask(seed_, MaskPurpose::kVariationalDropout, layer, 1, x.size(1),
+                                  x.size(2), p, {0, 1 / (1 - p)}, x.scalar_type()));
   }
   // What the steps of a layer hold on to.
   void hold(LayerInputs& in, int64_t layer) const {
@@ -96,7 +95,6 @@ class Masks {
   }
 
  private:
-  static MaskValues scaled(double p) { return {0, 1 / (1 - p)}; }
   Tensor held(MaskPurpose purpose, const LayerInputs& in, int64_t layer, int64_t units) const {
     if (!o_.training) return at::scalar_tensor(o_.zoneout, at::kDouble);
     return random_mask(seed_, purpose, layer, in.input.size(0), in.input.size(1), units, o_.zoneout,

@@ -86,12 +86,16 @@ void save(const Saved& saved, variable_list& list) {
 
 OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
+}  // namespace
+
 bool is_watched(const Tensor& t) {
   constexpr c10::DispatchKeySet watched(
       {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Python,
        c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Batched});
   return t.defined() && (t.key_set().has_any(watched) || t._fw_grad(/*level=*/0).defined());
 }
+
+namespace {
 
 struct LayerFunction : torch::autograd::Function<LayerFunction> {
   static variable_list forward(AutogradContext* ctx, at::TensorList flat,
