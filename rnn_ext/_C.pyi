@@ -308,6 +308,7 @@ def plan_cuda(
     directions: int,
     projected: bool,
     norms: bool,
+    zoneout: bool,
     backend: str,
     limits: CudaDeviceLimits,
     /,

@@ -144,11 +144,9 @@ class ExtendedLayers(WithNormalization, WithStates, Replacement, torch.nn.RNNBas
         return own + ["bias='single'"] * (self.bias == "single") + list(self._option_words)
 
     def _unserved(self, x):
-        if not self._probability("zoneout"):
-            return None
-        if self._whole_rows:
+        if self._whole_rows and self._probability("zoneout"):
             return "layer_norm and peephole have no kernel with zoneout"
-        return "zoneout has no CUDA kernel" if x.is_cuda else None
+        return None
 
     def extra_repr(self) -> str:
         text = super().extra_repr().replace("bias=single", "bias='single'")

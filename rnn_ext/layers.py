@@ -44,8 +44,7 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
             that is what ``weight_dropout`` is for.
         zoneout: probability with which a unit keeps its state of the step before, in training; in
             eval mode a unit keeps that share of it (Krueger et al. 2017, arXiv:1606.01305). Of the
-            LSTM h and c, each with a mask of its own. Kernels are the CPU's; elsewhere layers are
-            composed of torch operations, with a `FallbackWarning`.
+            LSTM h and c, each with a mask of its own. On CUDA the kernels are step-wise.
         layer_norm: normalises the gates' net inputs, W_ih x_t and W_hh h_{t-1} apart, each with a
             gain, and of the LSTM the cell that the output sees, with gain and bias (Ba et al. 2016,
             arXiv:1607.06450): parameters ``weight_layer_norm_ih_l0``, ``..._hh_l0``,

@@ -60,10 +60,10 @@ def layer(
         resets: bool [T, B] or [N]; where it is True at step t, no state passes between t - 1 and t,
             in whichever direction the layer walks.
         return_cells: make sure that the fourth result is there.
-        zoneout: what a step holds on to of h_{t-1} and, of the LSTM, of c_{t-1} (else None), on the
-            CPU (Krueger et al. 2017, arXiv:1606.01305): bool, laid out like output and like cells,
-            True where a unit keeps its state; or a share that each unit keeps, float64 without
-            dimensions.
+        zoneout: what a step holds on to of h_{t-1} and, of the LSTM, of c_{t-1} (else None)
+            (Krueger et al. 2017, arXiv:1606.01305): bool, laid out like output and like cells, True
+            where a unit keeps its state; or a share that each unit keeps, float64 without
+            dimensions, on the CPU.
 
     Returns:
         ``(output, h_n, c_n, cells)``: [T, B, P] or [N, P]; [B, P]; [B, H] of the LSTM; every c_t of

@@ -160,9 +160,8 @@ def _choose_on_cuda(module, x, steps, batch, directions, weights, backend):
     if control is not None and torch.is_grad_enabled():
         norms = control.clip is not None and control.clip[0] == "norm"
         directions = 1  # each by itself
-    passes = _C.plan_cuda(
-        module._cell, dtype, steps, batch, hidden, directions, projected, norms, backend, limits
-    )
+    asked = directions, projected, norms, bool(getattr(module, "zoneout", 0)), backend
+    passes = _C.plan_cuda(module._cell, dtype, steps, batch, hidden, *asked, limits)
     (kernel, reason), (backward, why) = [(k, text.partition(": ")[2]) for k, text in passes]
     if backend == "cuda-persistent" and kernel != backend:
         return {"kernel": "none", "reason": f"use_backend({backend!r}) refuses: {reason}"}

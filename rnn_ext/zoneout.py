@@ -8,7 +8,7 @@ from torch import Tensor
 __all__ = ["Zoneout", "paired", "with_masks"]
 
 # Of h and, of the LSTM, of c: bool laid out like output and like cells, True where a unit keeps its
-# state; or the share of it that every unit keeps, float64 without dimensions.
+# state; or the share of it that every unit keeps, float64 without dimensions on the CPU.
 Zoneout: TypeAlias = tuple[Tensor, Tensor | None]
 
 

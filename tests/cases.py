@@ -29,6 +29,14 @@ VARIANTS = {
     "ragged_reverse": {"ragged": True, "reverse": True},
     "without_bias": {"bias": False},
 }
+# Layouts, and whether resets restore a state (None: no resets), for zoned.
+ZONED = {
+    "padded": ({}, None),
+    "reverse_resets": ({"reverse": True}, False),
+    "ragged": ({"ragged": True}, None),
+    "ragged_reverse_resets": ({"ragged": True, "reverse": True}, True),
+}
+SHARE = 0.375  # of a state that zoneout holds
 NAMES = ("input", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 EXTRAS = ("gain_ih", "gain_hh", "gain_cell", "bias_cell", "peephole")  # see normalized_cases.py
 ALL_NAMES = NAMES + EXTRAS
@@ -117,6 +125,15 @@ def with_zoneout(case, share=None, *, seed=2):
     return replace(case, zoneout=(holds[0], holds[1] if case.cell == "lstm" else None))
 
 
+def zoned(cell, shape, variant="padded", share=None, seed=0):
+    """`with_zoneout` of one of ``ZONED``."""
+    options, restored = ZONED[variant]
+    case = make_case(cell, shape, seed=seed, **options)
+    if restored is not None:
+        case = with_resets(case, restored=restored)
+    return with_zoneout(case, share)
+
+
 def run(layer, case):
     """Results and gradients of ``layer`` (``ops.layer``, ``composite.layer``), dicts by name."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case.tensors]
@@ -182,7 +199,7 @@ def _positional(layer):
     return call
 
 
-def run_reference(case):
+def run_reference(case, grad_clip=None):
     """The NumPy reference, as float64 tensors."""
     arrays = [None if t is None else t.double().numpy() for t in case.tensors]
     x, h0, c0, *weights = arrays
@@ -198,9 +215,8 @@ def run_reference(case):
     if case.zoneout is not None:
         options["zoneout"] = [0.0 if hold is None else hold.numpy() for hold in case.zoneout]
     result = reference.forward(case.cell, x, h0, c0, weights, **options)
-    gradients = reference.backward(
-        result, *(None if d is None else d.double().numpy() for d in case.upstream)
-    )
+    upstream = (None if d is None else d.double().numpy() for d in case.upstream)
+    gradients = reference.backward(result, *upstream, grad_clip=grad_clip)
 
     def tensors(record, names, keys):
         values = {n: getattr(record, k) for n, k in zip(names, keys)}

@@ -12,6 +12,7 @@ SOURCES = [f"csrc/cuda/{name}.cu" for name in ("step_forward", "step_backward", 
 SOURCES += ["tests/cuda_on_cpu/entries/step.cpp"]
 CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", "gru_reset_before")  # CellKind
 CLIPS = (None, "value", "norm")  # Clip
+SHARE = 0.375  # of a state that zoneout holds
 STORAGE = {  # cuda::Storage, and the error that it is allowed
     Number.FLOAT32: (0, 1e-5),
     Number.FLOAT64: (1, 1e-12),
@@ -23,22 +24,24 @@ STORAGE = {  # cuda::Storage, and the error that it is allowed
 def structure(text):
     """A ctypes struct of "name:type" words; without a type, a pointer."""
     types = {"": ctypes.c_void_p, "long": ctypes.c_int64, "bool": ctypes.c_bool, "rows": Rows}
-    types |= {"int": ctypes.c_int, "double": ctypes.c_double}
+    types |= {"int": ctypes.c_int, "double": ctypes.c_double, "zoneout": Zoneout}
     fields = [(name, types[kind]) for name, _, kind in (w.partition(":") for w in text.split())]
     return type("Struct", (ctypes.Structure,), {"_fields_": fields})
 
 
-Rows = None
+Rows = Zoneout = None
 Rows = structure("step:long count:long lengths resets")
+Zoneout = structure("on:bool units_h share_h:double units_c share_c:double")
 Forward = structure(
     "rows:rows hidden:long b_ih b_hh product restored_h restored_c restored_product second_product "
-    "gates middle h h_state h_wide c_state cells save:bool"
+    "gates middle h h_state h_wide c_state cells save:bool zoneout:zoneout"
 )
-Project = structure("rows:rows output:long product h h_state")
+Project = structure("rows:rows output:long product h h_state restored_h zoneout:zoneout")
 Backward = structure(
     "rows:rows next:rows previous_step:long previous_count:long hidden:long output:long product "
     "second_product gates middle h cells h_before cells_before h0 c0 restored_h restored_c "
-    "sum_delta sum_h sum_c d_h d_cells carry dc delta dh clip:int limit:double norms previous"
+    "sum_delta sum_h sum_c d_h d_cells carry dc delta dh clip:int limit:double norms previous "
+    "zoneout:zoneout"
 )
 Sums = structure("rows:long columns:long row_stride:long matrix scratch sums")
 
@@ -52,6 +55,7 @@ class Case:
     resets: bool = True
     clip: str | None = None  # "value" or "norm": of dL/dh
     restored: bool = False  # resets put another state than zeros in the place of the carried one
+    zoneout: str | None = None  # "masks" or "share"
     steps: int = 4
     batch: int = 6
     hidden: int = 37
@@ -99,6 +103,9 @@ class Run:
         # Well within what arrives; where numbers are rounded, few of them are close to it.
         self.limit = 0.4 if case.clip == "value" else 0.4 * np.sqrt(p)
         self.restored = draw(b, p) * case.restored, draw(b, h) * case.restored
+        self.holds = [random.random((t, b, units)) < 0.3 for units in (p, h)]
+        if case.zoneout == "share":
+            self.holds = [np.full(hold.shape, SHARE) for hold in self.holds]
         self.alive = np.arange(t)[:, None] < case.lengths
         self.counts = self.alive.sum(1) if case.layout == "packed" else np.full(t, b)
         self.offsets = np.cumsum(self.counts) - self.counts
@@ -136,8 +143,10 @@ class Run:
                 s[cut] = restored[cut]
             out["previous"][t, rows] = state[0][rows]
             records[t] = cell.step(self.wx[t, rows], *(s[rows] for s in state), weights)
-            for s, new, name in zip(state, records[t].state, ("h", "cells")):
-                s[rows] = out[name][t, rows] = new
+            each = zip(state, records[t].state, ("h", "cells"), self.holds)
+            for s, new, name, hold in each:
+                z = hold[t, rows] * bool(case.zoneout)
+                s[rows] = out[name][t, rows] = z * s[rows] + (1 - z) * new
         out["h_state"] = state[0]
         if lstm:
             out["c_state"] = state[1]
@@ -157,10 +166,13 @@ class Run:
                 reaching[0] = reaching[0] * np.minimum(1, self.limit / norms)
             elif case.clip:
                 reaching[0] = reaching[0].clip(-self.limit, self.limit)
-            step = cell.step_backward(records[t], *reaching, weights)
+            held = [z[t, rows] * bool(case.zoneout) * d for z, d in zip(self.holds, reaching)]
+            made = (d - kept for d, kept in zip(reaching, held))
+            step = cell.step_backward(records[t], *made, weights)
             out["delta"][t, rows] = step.x
             cut = self.resets[t, rows][:, None]
-            for d, kept, before in zip(d_state, d_restored, step.state):
+            each = zip(d_state, d_restored, map(np.add, step.state, held))
+            for d, kept, before in each:
                 d[rows] = np.where(cut, 0, before)
                 kept[rows] += np.where(cut, before, 0)
         out["carry"] = d_state[0]
@@ -181,6 +193,9 @@ class Run:
         flat = self._rows_of(self.wx)
         own["lengths"] = self.kernels.array(case.lengths.astype(np.int64), "lengths")
         own["resets"] = self.kernels.array(self._rows_of(self.resets), "resets")
+        if case.zoneout == "masks":
+            for name, hold in zip(("units_h", "units_c"), self.holds):
+                own[name] = self.kernels.array(self._rows_of(hold), name)
         for name in ("b_ih", "b_hh", "h0"):
             own[name] = self._stored(getattr(self, name), name)
         own["c0"] = self._wide(self.c0, "c0")
@@ -207,8 +222,8 @@ class Run:
             p.c_state = self._at(0, "c_state")[0] if case.cell == "lstm" else None
             p.restored_h, p.restored_c = self._at(0, "restored_h", "restored_c")
             p.restored_product = self._at(0, "restored_product")[0]
-            p.save = True
-            if case.gates == 1 or (case.cell == "lstm" and not case.projected):
+            p.save, p.zoneout = True, self._zoneout(at)
+            if not self._keeps_middle:
                 p.middle = None
             if case.projected:
                 p.h = None
@@ -221,7 +236,8 @@ class Run:
             if case.projected:
                 middle = self._product(own["middle"][at : at + count], self.w_hr.T)
                 args = Project(self._rows(t), case.output, pointer(middle), *self._at(at, "h"))
-                args.h_state = self._at(0, "h_state")[0]
+                args.h_state, args.restored_h = self._at(0, "h_state", "restored_h")
+                args.zoneout = p.zoneout
                 self.kernels.call("run_step_project", self.storage, args)
 
     def backward(self):
@@ -260,6 +276,9 @@ class Run:
             p.d_h, p.d_cells, p.delta = self._at(at, "d_h", "d_cells", "delta")
             p.dh, p.previous, p.norms = self._at(at, "dh", "previous", "norms")
             p.clip, p.limit = CLIPS.index(case.clip), self.limit
+            p.zoneout = self._zoneout(at)
+            if not self._keeps_middle:
+                p.middle = None
             if case.clip == "norm":
                 kind = CELLS.index(case.cell)
                 self.kernels.call("run_step_norms", kind, self.storage, p)
@@ -274,7 +293,7 @@ class Run:
             product = self._product(own["delta"][at : at + count, :columns], u)
             following = p.rows
         p = Backward(Rows(), following, hidden=h, output=case.output, product=pointer(product))
-        p.carry = self._at(0, "carry")[0]
+        p.carry, p.zoneout.on = self._at(0, "carry")[0], bool(case.zoneout)
         self._call("run_step_backward", p, phase=0)
         self.results = dict(own)
         if case.restored:
@@ -298,6 +317,17 @@ class Run:
         if self.case.resets:
             rows.resets = self._at(self.offsets[t], "resets")[0]
         return rows
+
+    @property
+    def _keeps_middle(self):
+        case = self.case
+        return case.gates == 3 or case.projected or (case.gates == 1 and case.zoneout == "share")
+
+    def _zoneout(self, row):
+        if not self.case.zoneout:
+            return Zoneout()
+        units_h, units_c = self._at(row, "units_h", "units_c")
+        return Zoneout(True, units_h, SHARE, units_c, SHARE)
 
     def _at(self, row, *names):
         """Addresses of a row of arrays, None for arrays that are not there."""

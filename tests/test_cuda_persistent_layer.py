@@ -56,7 +56,7 @@ def plans(cell, dtype, shape, directions):
     extension = emulated_modules()[0]
     steps, batch, _, hidden = shape
     limits = extension.cuda_device_limits(0)
-    rest = directions, False, False, PERSISTENT, limits
+    rest = directions, False, False, False, PERSISTENT, limits
     return extension.plan_cuda(cell, dtype, steps, batch, hidden, *rest)
 
 

@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from twins import forget_warnings
 
 import rnn_ext
 from rnn_ext import _C, functional, library
@@ -295,17 +294,24 @@ def test_fake_kernels_know_what_normalised_layers_save_on_cuda(dtype):
     assert records.shape == (6, 3 * 28 + 4) and records.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
-def test_zoneout_is_composed(built, kind):
-    forget_warnings()
+def test_zoneout_runs_step_by_step(built, kind, monkeypatch):
+    seen = []
+
+    def layer(cell, x, h0, c0, *weights, zoneout, **options):
+        seen.append(zoneout)
+        c_n = None if c0 is None else c0.clone()
+        return x.new_empty(*x.shape[:2], h0.size(1)), h0.clone(), c_n, None
+
+    monkeypatch.setattr(functional.ops, "layer", layer)
     module, x = on_cuda(kind)
     module.zoneout = 0.5
     module.eval()
-    assert rnn_ext.explain(module, x).steps[0].kernel == "reference"
-    text = f"{kind} with zoneout=0.5: zoneout has no CUDA kernel; composed"
-    with pytest.warns(rnn_ext.FallbackWarning, match=text):
-        output, _ = module(x)
-    assert output.any()
-    with rnn_ext.use_backend("cuda-step"), pytest.raises(RuntimeError, match="has no CUDA kernel"):
-        module(x)
+    (step,) = rnn_ext.explain(module, x).steps
+    assert str(step) == "cuda-step kernel: zoneout is in the step-wise kernels alone"
+    with rnn_ext.use_backend("cuda-persistent"):
+        (refused,) = rnn_ext.explain(module, x).steps
+        assert refused.kernel == "none" and "step-wise kernels alone" in refused.reason
+    module(x)
+    ((of_h, of_c),) = seen
+    assert of_h.is_cpu and of_h.item() == 0.5 and (of_c is of_h) == (kind == "LSTM")

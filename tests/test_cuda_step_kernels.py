@@ -52,6 +52,16 @@ def test_clipped_norms_in_float64_without_races(cell, projected):
     Run(kernels, Case(cell, projected, "packed", clip="norm"), Number.FLOAT64).check()
 
 
+@pytest.mark.parametrize("zoneout", ["masks", "share"])
+@pytest.mark.parametrize("number", STORAGE, ids=lambda number: number.name)
+@variants
+def test_states_that_are_held(cell, projected, number, zoneout):
+    kernels = Kernels(SOURCES, race=number is Number.FLOAT64)
+    for options in ({"layout": "packed", "restored": True}, {"layout": "lengths", "reverse": True}):
+        clip = "norm" if options["layout"] == "lengths" else None
+        Run(kernels, Case(cell, projected, **options, clip=clip, zoneout=zoneout), number).check()
+
+
 @pytest.mark.parametrize("rows", [0, 1, 7, 256, 257, 700, 256 * 256 + 1])
 def test_column_sums(rows):
     kernels = Kernels(SOURCES)
@@ -151,8 +161,8 @@ MUTANTS = [
         FORWARD,
         "reset keeps c",
         "lstm",
-        "at.previous_c(), c, m",
-        "load<R>(p.c_state, at.state), c, m",
+        "const R c_prev = at.previous_c();",
+        "const R c_prev = load<R>(p.c_state, at.state);",
     ),
     (
         FORWARD,
@@ -219,13 +229,19 @@ MUTANTS = [
         "p.restored.c ? load",
         "p.restored.c == p.b_ih ? load",
     ),
-    (BACKWARD, "reset passes dc on", "lstm", "at.passed_on(dc_prev, p.restored_sums.c)", "dc_prev"),
+    (
+        BACKWARD,
+        "reset passes dc on",
+        "lstm",
+        "at.passed_on(dc_prev + kept, p.restored_sums.c)",
+        "dc_prev + kept",
+    ),
     (
         BACKWARD,
         "carry not added",
         "gru",
-        "carries ? through_product + load<R>(p.carry, at) : through_product",
-        "through_product",
+        "carries || p.zoneout.on ? through_product",
+        "p.zoneout.on ? through_product",
     ),
     (
         BACKWARD,
@@ -298,6 +314,51 @@ MUTANTS = [
         "at.store_delta(1, 4, delta.r)",
         "at.store_delta(1, 4, delta.z)",
     ),
+    (
+        "step.cuh",
+        "one mask for all rows",
+        "gru",
+        "static_cast<R>(hold.units[at])",
+        "static_cast<R>(hold.units[at % 2])",
+    ),
+    (
+        FORWARD,
+        "what is held is let go",
+        "lstm",
+        "return z * before + (1 - z) * made;",
+        "return z * made + (1 - z) * before;",
+    ),
+    (
+        FORWARD,
+        "a reset is held back",
+        "lstm_projected",
+        "is_reset(p.rows, at.row) ? p.restored_h",
+        "is_reset(p.rows, at.row) && at.row < 0 ? p.restored_h",
+    ),
+    (
+        BACKWARD,
+        "the share of h for what the cell made",
+        "rnn_tanh",
+        "at.p.middle ? at.p.middle : at.p.h",
+        "at.p.h",
+    ),
+    (BACKWARD, "the c that is held", "lstm", "c = made;", "(void)made;"),
+    (BACKWARD, "gradient of a held c lost", "lstm", "passed_on(dc_prev + kept", "passed_on(dc_prev"),
+    (
+        BACKWARD,
+        "gradient of a held h lost",
+        "rnn_tanh",
+        "place.store_carry(carry + kept)",
+        "place.store_carry(carry)",
+    ),
+    (BACKWARD, "gradient of a held h twice", "gru", "run<0>(place, dh - kept)", "run<0>(place, dh)"),
+    (
+        BACKWARD,
+        "gradient of a held h not read",
+        "lstm",
+        "carries || p.zoneout.on ? through_product",
+        "carries ? through_product",
+    ),
     ("column_sums.cu", "no barrier before the sum", "rnn_tanh", "  __syncthreads();\n", ""),
     ("column_sums.cu", "a line left out", "rnn_tanh", "int line = 1;", "int line = 2;"),
 ]
@@ -322,9 +383,11 @@ def built_ahead(request):
 )
 def test_a_planted_bug_is_caught(file, name, cell, old, new):
     def run(kernels):
-        for layout, reverse in (("packed", False), ("lengths", True)):
-            clip = (cell == "lstm" and "value") or (cell == "gru" and "norm")
-            case = Case(cell, False, layout, reverse, restored=reverse, clip=clip or None)
-            Run(kernels, case, Number.FLOAT64).check()
+        kind = cell.removesuffix("_projected")
+        clip = (kind == "lstm" and "value") or (kind == "gru" and "norm")
+        held = "share" if kind == "rnn_tanh" else "masks"
+        for layout, reverse, zoneout in (("packed", False, None), ("lengths", True, held)):
+            options = {"restored": reverse, "clip": clip or None, "zoneout": zoneout}
+            Run(kernels, Case(kind, kind != cell, layout, reverse, **options), Number.FLOAT64).check()
 
     catch(mutant_of(file, name, cell, old, new), SOURCES, run)

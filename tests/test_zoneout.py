@@ -8,6 +8,8 @@ from cases import (
     CELLS,
     DTYPES,
     RESULTS,
+    SHARE,
+    ZONED,
     as_function,
     assert_gradients_of_each_sample,
     assert_second_backward_is_right,
@@ -15,8 +17,8 @@ from cases import (
     run,
     run_ours,
     run_reference,
-    with_resets,
     with_zoneout,
+    zoned,
 )
 from emulated_checks import away_from_the_kink, check
 from hypothesis import given, settings
@@ -28,13 +30,6 @@ from twins import forget_warnings
 import rnn_ext
 from rnn_ext import composite, library, ops
 
-VARIANTS = {
-    "padded": ({}, None),
-    "reverse_resets": ({"reverse": True}, False),
-    "ragged": ({"ragged": True}, None),
-    "ragged_reverse_resets": ({"ragged": True, "reverse": True}, True),
-}
-SHARE = 0.375
 masks_and_share = pytest.mark.parametrize("share", [None, SHARE], ids=["masks", "share"])
 
 
@@ -43,16 +38,8 @@ def _fresh():
     forget_warnings()
 
 
-def zoned(cell, shape, variant="padded", share=None, seed=0):
-    options, restored = VARIANTS[variant]
-    case = make_case(cell, shape, seed=seed, **options)
-    if restored is not None:
-        case = with_resets(case, restored=restored)
-    return with_zoneout(case, share)
-
-
 @masks_and_share
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ZONED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_kernels_follow_the_reference(cell, dtype, variant, share, nan_filled):
@@ -88,7 +75,7 @@ def test_threads_share_the_work_and_change_no_bit(cell, shape, nan_filled):
 @given(
     cell=st.sampled_from(CELLS),
     shape=st.tuples(st.integers(1, 7), st.integers(1, 30), st.integers(1, 9), st.integers(1, 40)),
-    variant=st.sampled_from(list(VARIANTS)),
+    variant=st.sampled_from(list(ZONED)),
     share=st.sampled_from([None, None, 0.0, SHARE, 0.96875]),
     seed=st.integers(0, 1000),
 )
@@ -224,7 +211,7 @@ def test_training_keeps_one_byte_more_for_each_unit(kind):
         (lambda h, c: (h[1:], c), "hold_h must be bool of shape"),
         (lambda h, c: (h, c.double()), "hold_c must be bool of shape"),
         (lambda h, c: (h, None), "zoneout holds h, and of the LSTM h and c"),
-        (lambda h, c: (torch.tensor(0.5), c), "or float64 without dimensions, got Float"),
+        (lambda h, c: (torch.tensor(0.5), c), "or float64 without dimensions on the CPU, got Float"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

@@ -23,6 +23,18 @@ struct Rows {
   const bool* resets;  // [rows], or null: true replaces the state that comes into the row's step
 };
 
+// What a step holds on to of the state before (zoneout): with z what is held of a unit,
+//   h = z h' + (1 - z) h~        c = z c' + (1 - z) c~        h~ and c~ are what the cell makes
+//   dL/dh~ = (1 - z) dL/dh       z dL/dh is added to dL/dh', and so for c
+struct Hold {
+  const bool* units;  // [rows, units]: where z is 1; or null:
+  double share;       // z of every unit
+};
+struct Zoneout {
+  bool on;
+  Hold h, c;
+};
+
 // What a reset puts in the place of the state; null: zeros.
 struct Restored {
   const void* h;  // S [B, P]
@@ -32,7 +44,7 @@ struct Restored {
 // What backward adds up over the steps that began from it, or null: nobody asks.
 struct RestoredSums {
   void* delta;  // R [B, G*H], reset-before GRU [B, 2*H]: dL/d(U h') in the order of U
-  void* h;      // R [B, H], GRU: dL/dh' beside the product's part
+  void* h;      // R [B, P], GRU, zoneout: dL/dh' beside the product's part
   void* c;      // R [B, H], LSTM: dL/dc'
 };
 
@@ -53,7 +65,7 @@ struct StepForward {
   // Elman: the same memory as h.
   void* gates;
   // S [count, H]: GRU's U_n h' + b_rn when saving, reset-before GRU's r h', projected LSTM's
-  // o tanh(c); otherwise null.
+  // o tanh(c), Elman's h~ when saving and a share of h' is held; otherwise null.
   void* middle;
   void* h;        // S [count, H], or null where a projection follows
   void* h_state;  // S [B, H]: h' on entry, h afterwards; with a projection, project writes it
@@ -61,6 +73,7 @@ struct StepForward {
   void* c_state;  // R [B, H]: c' on entry, c afterwards; LSTM
   void* cells;    // R [count, H]: c once more, or null
   bool save;
+  Zoneout zoneout;
 };
 
 // h = the projection of middle, in the rows that take part.
@@ -70,6 +83,8 @@ struct StepProject {
   const void* product;  // R [count, P] = middle W_hr^T
   void* h;              // S [count, P]
   void* h_state;        // S [B, P]
+  const void* restored_h;
+  Zoneout zoneout;
 };
 
 // Backward through the gates of one step, called from the last step in running order to the first
@@ -92,17 +107,19 @@ struct StepBackward {
   Restored restored;
   RestoredSums restored_sums;
   const void *d_h, *d_cells;  // S [count, P], S [count, H]: gradients of the results; or null
-  // R [B, P]: dL/dh_n until a row's last step is done. GRU: dL/dh' beside the product's part.
+  // R [B, P]: dL/dh_n until a row's last step is done, then, of GRU and with zoneout, dL/dh' beside
+  // the product's part.
   void* carry;
   void* dc;  // R [B, H]: dL/dc, LSTM
   // S [count, D*H]: dL/d(net input), D = G in the order of the gates. GRU: D = 4, n of the hidden
   // side, then r, z, n of the input's side, so that either side is adjacent columns.
   void* delta;
-  void* dh;   // S [count, P]: dL/dh, projected LSTM, otherwise null
+  void* dh;   // S [count, P]: dL/dh~, projected LSTM, otherwise null
   Clip clip;  // of dL/dh
   double limit;
   void* norms;     // R [count]: of the rows of dL/dh before they are clipped; or null
   void* previous;  // S [count, P]: h', where reset the restored one; or null
+  Zoneout zoneout;
 };
 
 // sums[c] = the sum over rows of matrix[., c], in a fixed order whatever the device.

@@ -56,6 +56,7 @@ const char* obstacle(const LayerShape& s, Pass pass, const DeviceLimits& d) {
   if (s.numbers == Numbers::kDouble) return "tensor cores have no float64 fit for it";
   if (s.projected) return "a projected LSTM multiplies twice a step";
   if (s.cell == CellKind::kGruResetBefore) return "a reset-before GRU multiplies twice a step";
+  if (s.zoneout) return "zoneout is in the step-wise kernels alone";
   if (s.norms && pass == Pass::kBackward) return "the norm of dL/dh_t is a sum over all blocks";
   if (d.major < 8) return "this GPU is older than compute capability 8.0";
   if (d.registers_per_sm < kBlockRegisters) return "this GPU has too few registers";

@@ -33,6 +33,7 @@ struct LayerShape {
   int directions;                // 1 or 2, in one launch
   bool projected;                // LSTM with a projection
   bool norms = false;            // of dL/dh_t are asked for in the backward pass
+  bool zoneout = false;
 };
 
 struct CudaPlan {

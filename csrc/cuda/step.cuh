@@ -82,6 +82,12 @@ RNN_EXT_DEVICE bool is_reset(const Rows& rows, int64_t row) {
   return rows.resets != nullptr && rows.resets[row];
 }
 
+// What is held of a unit, z.
+template <class R>
+RNN_EXT_DEVICE R held(const Hold& hold, int64_t at) {
+  return hold.units ? static_cast<R>(hold.units[at]) : static_cast<R>(hold.share);
+}
+
 // Calls f(S{}) for the type that `storage` names.
 template <class Function>
 void with_storage(Storage storage, const Function& f) {

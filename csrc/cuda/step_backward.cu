@@ -12,7 +12,7 @@ RNN_EXT_DEVICE Real<S> from_later_steps(const StepBackward& p, bool continues, i
   using R = Real<S>;
   if (!continues) return load<R>(p.carry, at);
   const R through_product = is_reset(p.next, row) ? R(0) : load<R>(p.product, at);
-  return carries ? through_product + load<R>(p.carry, at) : through_product;
+  return carries || p.zoneout.on ? through_product + load<R>(p.carry, at) : through_product;
 }
 
 // dL/dh of a row that takes part, as it has arrived from the output and from later steps.
@@ -81,6 +81,7 @@ struct Backward {
   }
 };
 
+// A cell's run<0> takes dL/dh~ and returns dL/dh' beside what flows through the product.
 template <class S, class Activation>
 struct ElmanBackward {
   using R = Real<S>;
@@ -88,10 +89,13 @@ struct ElmanBackward {
   static constexpr bool carries = false;
 
   template <int phase>
-  RNN_EXT_DEVICE static void run(const Backward<S>& at, R dh) {
-    const R delta = Elman<R, Activation>::vjp(load<S>(at.p.h, at.state), dh);
+  RNN_EXT_DEVICE static R run(const Backward<S>& at, R dh) {
+    // Where h' is held whole there is no delta, so that h does for h~.
+    const R made = load<S>(at.p.middle ? at.p.middle : at.p.h, at.state);
+    const R delta = Elman<R, Activation>::vjp(made, dh);
     at.store_delta(0, 1, delta);
     at.end_delta(0, 1, delta);
+    return 0;
   }
 };
 
@@ -102,33 +106,40 @@ struct LstmBackward {
   static constexpr bool carries = false;
 
   template <int phase>
-  RNN_EXT_DEVICE static void run(const Backward<S>& at, R dm) {
+  RNN_EXT_DEVICE static R run(const Backward<S>& at, R dm) {
     const StepBackward& p = at.p;
     typename Lstm<R>::Gates gates{at.gate(0, 4), at.gate(1, 4), at.gate(2, 4), at.gate(3, 4)},
         delta;
-    const R c_prev = at.previous_c(), c = load<R>(p.cells, at.state);
-    R c_again, m, dc_prev, dc = load<R>(p.dc, at.state);
+    const R c_prev = at.previous_c();
+    R made, m, dc_prev, kept = 0, c = load<R>(p.cells, at.state), dc = load<R>(p.dc, at.state);
     if (p.d_cells) dc += load<S>(p.d_cells, at.state);
-    Lstm<R>::forward(gates, c_prev, c_again, m);
+    Lstm<R>::forward(gates, c_prev, made, m);
+    if (p.zoneout.on) {
+      c = made;
+      kept = held<R>(p.zoneout.c, at.state) * dc;
+      dc -= kept;
+    }
     Lstm<R>::vjp(gates, c_prev, c, dm, dc, delta, dc_prev);
-    store<R>(p.dc, at.state, at.passed_on(dc_prev, p.restored_sums.c));
+    store<R>(p.dc, at.state, at.passed_on(dc_prev + kept, p.restored_sums.c));
     const auto keep = [&at](int gate, R value) {
       at.store_delta(gate, 4, value);
       at.end_delta(gate, 4, value);
     };
     keep(0, delta.i), keep(1, delta.f), keep(2, delta.g), keep(3, delta.o);
+    return 0;
   }
 };
 
-// The first phase of a projected LSTM: dL/dh itself, which the product with W_hr needs whole.
+// The first phase of a projected LSTM: dL/dh~ itself, which the product with W_hr needs whole.
 template <class S>
 struct ProjectionBackward {
   static constexpr int deltas = 0;
   static constexpr bool carries = false;
 
   template <int phase>
-  RNN_EXT_DEVICE static void run(const Backward<S>& at, Real<S> dh) {
+  RNN_EXT_DEVICE static Real<S> run(const Backward<S>& at, Real<S> dh) {
     store<S>(at.p.dh, at.state, dh);
+    return 0;
   }
 };
 
@@ -139,13 +150,12 @@ struct GruBackward {
   static constexpr bool carries = true;
 
   template <int phase>
-  RNN_EXT_DEVICE static void run(const Backward<S>& at, R dh) {
+  RNN_EXT_DEVICE static R run(const Backward<S>& at, R dh) {
     typename Gru<R>::Gates gates{at.gate(0, 3), at.gate(1, 3), at.gate(2, 3)}, delta;
     const R hidden_n = load<S>(at.p.middle, at.state), h_prev = at.previous_h();
     R delta_hidden_n, carry;
     GruResetAfter<R>::forward(gates, hidden_n, h_prev);
     GruResetAfter<R>::vjp(gates, hidden_n, h_prev, dh, delta, delta_hidden_n, carry);
-    at.store_carry(carry);
     at.store_delta(0, 4, delta_hidden_n);
     at.store_delta(1, 4, delta.r);
     at.store_delta(2, 4, delta.z);
@@ -153,6 +163,7 @@ struct GruBackward {
     at.end_delta(0, 3, delta.r);
     at.end_delta(1, 3, delta.z);
     at.end_delta(2, 3, delta_hidden_n);
+    return carry;
   }
 };
 
@@ -163,19 +174,19 @@ struct GruResetBeforeBackward {
   static constexpr int deltas = 3;
   static constexpr bool carries = true;
 
-  // phase 0: the argument is dL/dh; phase 1: dL/d(r h')
+  // phase 0: the argument is dL/dh~; phase 1: dL/d(r h')
   template <int phase>
-  RNN_EXT_DEVICE static void run(const Backward<S>& at, R gradient) {
+  RNN_EXT_DEVICE static R run(const Backward<S>& at, R gradient) {
     const R h_prev = at.previous_h();
     if constexpr (phase == 0) {
       R r{}, z = at.gate(1, 3), n = at.gate(2, 3), delta_z, delta_n, carry;
       Cell::reset(r, z, h_prev);
       Cell::forward(n, z, h_prev);
       Cell::interpolate_vjp(z, n, h_prev, gradient, delta_z, delta_n, carry);
-      at.store_carry(carry);
       at.store_delta(1, 3, delta_z);
       at.store_delta(2, 3, delta_n);
       at.end_delta(1, 2, delta_z);
+      return carry;
     } else {
       R r = at.gate(0, 3), z{}, carry = load<R>(at.p.carry, at.state);
       Cell::reset(r, z, h_prev);
@@ -183,6 +194,7 @@ struct GruResetBeforeBackward {
       at.store_delta(0, 3, delta_r);
       at.end_delta(0, 2, delta_r);
       at.store_carry(carry);
+      return carry;
     }
   }
 };
@@ -207,8 +219,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) backward_kernel(const StepBac
   if (exists && takes_part(p.rows, at.row)) {
     const Backward<S> place(p, at, units);
     if (p.previous) store<S>(p.previous, state, place.previous_h());
-    Cell::template run<0>(place,
-                          clipped<R>(p, at.row, arrived<S, Cell::carries>(p, at.row, state)));
+    const R dh = clipped<R>(p, at.row, arrived<S, Cell::carries>(p, at.row, state));
+    const R kept = p.zoneout.on ? held<R>(p.zoneout.h, state) * dh : R(0);
+    const R carry = Cell::template run<0>(place, dh - kept);
+    if (Cell::carries || p.zoneout.on) place.store_carry(carry + kept);
     return;
   }
   // The next step is the row's first: this is dL/dh0.

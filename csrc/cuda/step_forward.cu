@@ -5,6 +5,13 @@
 namespace rnn_ext::cuda {
 namespace {
 
+// What a step leaves of a state that was `before`.
+template <class R>
+RNN_EXT_DEVICE R mixed(const Hold& hold, int64_t at, R before, R made) {
+  const R z = held<R>(hold, at);
+  return z * before + (1 - z) * made;
+}
+
 // One row and unit of a step.
 template <class S>
 struct Forward {
@@ -53,6 +60,7 @@ struct Forward {
     return load<R>(p.c_state, state);
   }
   RNN_EXT_DEVICE void finish(R h) const {
+    if (p.zoneout.on) h = mixed(p.zoneout.h, state, previous(), h);
     store<S>(p.h, state, h);
     store<S>(p.h_state, state, h);
     if (p.h_wide) store<R>(p.h_wide, state, h);
@@ -64,7 +72,9 @@ struct ElmanForward {
   using R = Real<S>;
   template <int phase>
   RNN_EXT_DEVICE static void run(const Forward<S>& at) {
-    at.finish(Elman<R, Activation>::forward(at.net_input(0, 1)));
+    const R h = Elman<R, Activation>::forward(at.net_input(0, 1));
+    if (at.p.middle) store<S>(at.p.middle, at.state, h);
+    at.finish(h);
   }
 };
 
@@ -80,8 +90,10 @@ struct LstmForward {
     at.save(1, 4, gates.f);
     at.save(2, 4, gates.g);
     at.save(3, 4, gates.o);
+    const R c_prev = at.previous_c();
     R c, m;
-    Lstm<R>::forward(gates, at.previous_c(), c, m);
+    Lstm<R>::forward(gates, c_prev, c, m);
+    if (p.zoneout.on) c = mixed(p.zoneout.c, at.state, c_prev, c);
     store<R>(p.c_state, at.state, c);
     if (p.cells) store<R>(p.cells, at.state, c);
     if (p.h)
@@ -150,14 +162,19 @@ __global__ void __launch_bounds__(kTileThreads, 1) forward_kernel(const StepForw
     leave_out<S>(p, at.row * p.hidden + at.unit);
 }
 
-// Reads the projected product, writes h and the state. Parallel over rows and units.
+// Reads the projected product and, with zoneout, the state; writes h and the state. Parallel over rows and units.
 template <class S>
 __global__ void __launch_bounds__(kTileThreads, 1) project_kernel(const StepProject p) {
+  using R = Real<S>;
   const Place at = own_place(p.output);
   if (at.row >= p.rows.count || at.unit >= p.output) return;
   const int64_t state = at.row * p.output + at.unit;
   const bool active = takes_part(p.rows, at.row);
-  const Real<S> h = active ? load<Real<S>>(p.product, state) : Real<S>(0);
+  R h = active ? load<R>(p.product, state) : R(0);
+  if (active && p.zoneout.on) {
+    const void* before = is_reset(p.rows, at.row) ? p.restored_h : p.h_state;
+    h = mixed(p.zoneout.h, state, before ? load<S>(before, state) : R(0), h);
+  }
   store<S>(p.h, state, h);
   if (active) store<S>(p.h_state, state, h);
 }

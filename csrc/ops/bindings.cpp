@@ -288,10 +288,10 @@ py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps,
 
 // Which kernel runs each pass on a GPU with these limits, and why: (forward, backward).
 py::tuple plan_cuda(const std::string& cell, at::ScalarType dtype, long steps, long batch,
-                    long hidden, int directions, bool projected, bool norms,
+                    long hidden, int directions, bool projected, bool norms, bool zoneout,
                     const std::string& backend, const cuda::DeviceLimits& limits) {
-  const cuda::LayerShape shape{cell_kind(cell), numbers_of(dtype), steps,     batch,
-                               hidden,          directions,        projected, norms};
+  const cuda::LayerShape shape{cell_kind(cell), numbers_of(dtype), steps, batch,  hidden,
+                               directions,      projected,         norms, zoneout};
   const auto pass = [&](cuda::Pass which) {
     const cuda::CudaPlan plan = cuda::choose(shape, which, limits, path_of(backend));
     return py::make_tuple(plan.kernel(), plan.reason);

@@ -164,6 +164,7 @@ class BackwardPass {
       const long before_at = l_.time.exists(before) ? l_.time.begin(before) : 0;
       p.next = p.rows;  // none at first
       p.rows = l_.rows(t, rows);
+      p.zoneout = l_.zoneout(at);
       p.previous_step = before;
       p.previous_count = l_.time.carried(t);
       p.gates = gate_rows[at];

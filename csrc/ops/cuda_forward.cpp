@@ -34,7 +34,8 @@ class ForwardPass {
     gates_ = l_.elman ? states_ : at::empty({std::min(call.rows, most_rows_), width}, l_.stored);
     if (l_.lstm) c_state_ = fresh(first_rows(*in.c0, batch), l_.wide);
     if (l_.lstm && keep_states) out_.saved.cells = at::empty(call.laid_out(l_.hidden), l_.wide);
-    if (l_.reset_before || l_.projected || (l_.gru && save))
+    const bool made = l_.elman && in.hold_h && in.hold_h->dim() == 0;
+    if (l_.reset_before || l_.projected || ((l_.gru || made) && save))
       middle_ = at::empty({save ? call.rows : batch, l_.hidden}, l_.stored);
     const Tensor h0 = first_rows(in.h0, batch);
     h_state_ = persistent ? at::empty(h0.sizes(), l_.stored) : fresh(h0, l_.stored);
@@ -91,6 +92,7 @@ class ForwardPass {
       }
       const long t = l_.time.at(i), at = l_.time.begin(t), rows = l_.time.rows(t);
       p.rows = l_.rows(t, rows);
+      p.zoneout = l_.zoneout(at);
       p.gates = gate_rows[at - span.first];
       p.middle = middle_rows[save_ ? at : 0];
       p.h = l_.projected ? nullptr : state_rows[at];
@@ -103,8 +105,10 @@ class ForwardPass {
       if (l_.reset_before)
         cuda::step_forward(call_.kind, l_.storage, 1, p, stream);
       else
-        cuda::step_project(
-            l_.storage, {p.rows, l_.output, p.second_product, state_rows[at], p.h_state}, stream);
+        cuda::step_project(l_.storage,
+                           {p.rows, l_.output, p.second_product, state_rows[at], p.h_state,
+                            p.restored.h, p.zoneout},
+                           stream);
     }
   }
 

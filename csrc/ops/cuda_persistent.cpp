@@ -74,10 +74,15 @@ Tensor workspace_of(const cuda::CudaPlan& plan, const LayerInputs& in) {
 cuda::CudaPlan cuda_plan(const Call& call, std::span<const LayerInputs> directions, cuda::Pass pass,
                          cuda::Path path, bool norms) {
   const LayerInputs& in = directions[0];
-  const cuda::LayerShape shape{call.kind,           numbers_of(call.dtype),
-                               call.steps,          call.batch,
-                               call.sizes.hidden,   static_cast<int>(directions.size()),
-                               in.w_hr.has_value(), norms};
+  const cuda::LayerShape shape{call.kind,
+                               numbers_of(call.dtype),
+                               call.steps,
+                               call.batch,
+                               call.sizes.hidden,
+                               static_cast<int>(directions.size()),
+                               in.w_hr.has_value(),
+                               norms,
+                               in.hold_h.has_value()};
   const c10::Device device = in.input.device();
   const cuda::CudaPlan plan =
       cuda::choose(shape, pass, limits_of(device.is_cpu() ? 0 : device.index()), path);

@@ -118,6 +118,28 @@ inline Span span_from(const Steps& time, long i, long most_rows) {
   return span;
 }
 
+// What zoneout holds of one state, from a row on.
+class HoldRows {
+ public:
+  explicit HoldRows(const OptionalTensor& t) {
+    if (!t) return;
+    if (t->dim() == 0) {
+      share_ = *t->const_data_ptr<double>();
+    } else {
+      units_ = t->contiguous();
+      rows_ = RowPointer(units_);
+    }
+  }
+  cuda::Hold operator[](long row) const {
+    return {static_cast<const bool*>(rows_[row]), share_};
+  }
+
+ private:
+  at::Tensor units_;
+  RowPointer rows_;
+  double share_ = 0;
+};
+
 // What the two passes share.
 struct StepLayer {
   const Call& call;
@@ -127,6 +149,7 @@ struct StepLayer {
   const at::TensorOptions stored, wide;
   const long input, hidden, output;
   const bool elman, lstm, gru, reset_before, projected;
+  const HoldRows hold_h, hold_c;
   OptionalTensor lengths, resets;
 
   StepLayer(const Call& c, const LayerInputs& inputs, const RowPredicates& predicates)
@@ -143,7 +166,9 @@ struct StepLayer {
         lstm(c.kind == CellKind::kLstm),
         gru(c.kind == CellKind::kGru),
         reset_before(c.kind == CellKind::kGruResetBefore),
-        projected(inputs.w_hr.has_value()) {
+        projected(inputs.w_hr.has_value()),
+        hold_h(inputs.hold_h),
+        hold_c(inputs.hold_c) {
     if (predicates.lengths) {
       check(*predicates.lengths, "lengths", at::kLong, {c.batch});
       lengths = predicates.lengths->contiguous();
@@ -158,6 +183,10 @@ struct StepLayer {
   cuda::Rows rows(long t, long count) const {
     return {t, count, lengths ? lengths->const_data_ptr<int64_t>() : nullptr,
             static_cast<const bool*>(RowPointer(resets)[time.begin(t)])};
+  }
+  // Of a step whose first row is `row`.
+  cuda::Zoneout zoneout(long row) const {
+    return {in.hold_h.has_value(), hold_h[row], hold_c[row]};
   }
   at::Tensor as_rows(const at::Tensor& t) const { return t.reshape({call.rows, t.size(-1)}); }
   // The part of U that multiplies h' itself.

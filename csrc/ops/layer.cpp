@@ -34,13 +34,14 @@ void check_state(const char* name, const Tensor& t, const Call& call, const Tens
 }
 
 // What zoneout holds on to of a state of so many units.
-void check_hold(const char* name, const OptionalTensor& t, const Call& call, long units) {
-  if (!t) return;
-  TORCH_CHECK(t->is_cpu(), "rnn_ext: zoneout has no CUDA kernel");
-  if (t->dim() == 0 && t->scalar_type() == at::kDouble) return;
-  TORCH_CHECK(t->scalar_type() == at::kBool && t->sizes() == call.laid_out(units),
+void check_hold(const char* name, const OptionalTensor& t, const Call& call, long units,
+                const Tensor& input) {
+  if (!t || (t->dim() == 0 && t->scalar_type() == at::kDouble && t->is_cpu())) return;
+  TORCH_CHECK(t->scalar_type() == at::kBool && t->sizes() == call.laid_out(units) &&
+                  t->device() == input.device(),
               "rnn_ext: ", name, " must be bool of shape ", at::IntArrayRef(call.laid_out(units)),
-              ", or float64 without dimensions, got ", t->scalar_type(), " of ", t->sizes());
+              " on ", input.device(), ", or float64 without dimensions on the CPU, got ",
+              t->scalar_type(), " of ", t->sizes(), " on ", t->device());
 }
 
 void read_batch_sizes(const Tensor& batch_sizes, Call& call) {
@@ -126,9 +127,8 @@ Call check_call(const LayerInputs& in) {
   check_tensor("w_hr", in.w_hr, in.input, {s.output, hidden});
   TORCH_CHECK(in.hold_c.has_value() == (lstm && in.hold_h),
               "rnn_ext: zoneout holds h, and of the LSTM h and c");
-  TORCH_CHECK(!in.hold_h || in.input.is_cpu(), "rnn_ext: zoneout has no CUDA kernel");
-  check_hold("hold_h", in.hold_h, call, s.output);
-  check_hold("hold_c", in.hold_c, call, hidden);
+  check_hold("hold_h", in.hold_h, call, s.output, in.input);
+  check_hold("hold_c", in.hold_c, call, hidden, in.input);
   return call;
 }
 

@@ -28,7 +28,8 @@ struct LayerInputs {
   OptionalTensor resets = {};  // bool, laid out like input's rows
   bool parted = false;         // resets are parted_rows (call.h) already
   // Zoneout: what a step holds on to of h and of the LSTM's c, bool and laid out like the states
-  // (these units), or double without dimensions (so much of each). Both, or of other cells h alone.
+  // (these units), or on the CPU double without dimensions (so much of each). Both, or of other cells
+  // h alone.
   OptionalTensor hold_h = {}, hold_c = {};
 };
 
