@@ -22,6 +22,7 @@ __all__ = [
     "uncovered",
     "use_backend",
     "warn_once",
+    "without_kernels",
 ]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -175,22 +176,35 @@ def _mixed(tensors):
     if first.is_cuda:
         return _uncovered_on_cuda(tensors)
     if not first.is_cpu:
-        return f"there are no kernels for device {first.device.type!r}"
+        return without_kernels(first.device)
     if torch.is_autocast_enabled("cpu"):
         return _autocast(tensors)
     return "its tensors have different dtypes"
 
 
-def _uncovered_on_cuda(tensors):
+def without_kernels(device: torch.device) -> str | None:
+    """Why no kernel of this build runs on ``device`` (a phrase), or None."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"there are no kernels for device {device.type!r}"
     if not _C.cuda_architectures:
         return "this build has no CUDA kernels"
-    if not torch.compiler.is_compiling():
-        capability = torch.cuda.get_device_capability(tensors[0].device)
-        if not any(_runs_on(name, capability) for name in _C.cuda_architectures.split(";")):
-            return (
-                f"its kernels were compiled for compute capability {_cuda_architectures()}, and "
-                f"this GPU has {capability[0]}.{capability[1]}"
-            )
+    if torch.compiler.is_compiling():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if any(_runs_on(name, capability) for name in _C.cuda_architectures.split(";")):
+        return None
+    return (
+        f"its kernels were compiled for compute capability {_cuda_architectures()}, and this GPU "
+        f"has {capability[0]}.{capability[1]}"
+    )
+
+
+def _uncovered_on_cuda(tensors):
+    obstacle = without_kernels(tensors[0].device)
+    if obstacle is not None:
+        return obstacle
     dtypes = {tensor.dtype for tensor in tensors}
     if torch.is_autocast_enabled("cuda") and torch.float64 not in dtypes:
         dtypes = {torch.get_autocast_dtype("cuda")}

@@ -76,7 +76,7 @@ class Hooks:
         p = self.variational_dropout
         if not p:
             return x
-        steps = torch.zeros(self.batch, dtype=torch.int64)
+        steps = torch.zeros(self.batch, dtype=torch.int64, device=x.device)
         mask = self._mask("variational_dropout", first, steps, self._rows(steps), x.size(-1), p, x)
         if batch_sizes is not None:
             mask = mask.index_select(0, inspection.rows_of(batch_sizes, x.size(0))[1].to(x.device))
@@ -106,8 +106,8 @@ class Hooks:
     def _rows_of(self, x, batch, batch_sizes):
         """Time and sequence of each row of a layer's input."""
         if batch_sizes is None:
-            steps = torch.arange(x.size(0)).repeat_interleave(batch)
-            return steps, torch.arange(batch).repeat(x.size(0))
+            steps = torch.arange(x.size(0), device=x.device).repeat_interleave(batch)
+            return steps, torch.arange(batch, device=x.device).repeat(x.size(0))
         steps, slots = inspection.rows_of(batch_sizes, x.size(0))
         return steps, slots if self.sequences is None else self.sequences[
             slots.to(self.sequences.device)
@@ -150,12 +150,14 @@ class Hooks:
         return torch.cat([part[k] for k in range(count) for part in parts], -1)
 
     def _dropped(self, weight, layer):
-        rows = torch.arange(weight.size(0))
+        rows = torch.arange(weight.size(0), device=weight.device)
         p, steps = self.weight_dropout, torch.zeros_like(rows)
         return weight * self._mask("weight_dropout", layer, steps, rows, weight.size(1), p, weight)
 
     def _rows(self, steps):
-        return torch.arange(steps.size(0)) if self.sequences is None else self.sequences
+        if self.sequences is not None:
+            return self.sequences
+        return torch.arange(steps.size(0), device=steps.device)
 
     def _mask(self, purpose, layer, steps, rows, columns, p, like, values=None):
         if self._seed is None:

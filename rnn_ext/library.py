@@ -83,7 +83,7 @@ def random_mask(
     kept: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As ``_C.random_mask``, on the CPU."""
+    """As ``_C.random_mask``, on the device of ``steps`` and ``rows``."""
     return _operators.random_mask(
         seed, stream, steps, rows, columns, threshold, dropped, kept, dtype
     )

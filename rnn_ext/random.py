@@ -8,8 +8,9 @@ seed; the counter of four words is
 
 and a unit takes word ``unit % 4`` of the result. ``stream`` tells what the mask is for, in which
 layer and direction. Where the sequence has no meaning (`weight_dropout`), it is the row of the
-matrix. A number is kept where its word is at least ``threshold(p)``. csrc/ops/random.cpp and
-``rnn_ext.reference.random`` compute the same.
+matrix. A number is kept where its word is at least ``threshold(p)``. csrc/ops/random.cpp,
+csrc/cuda/random.cu and ``rnn_ext.reference.random`` compute the same, and so do torch operations
+where there is no kernel: under torch.func, in torch.jit.trace and on other devices.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _C, library
+from .backend import without_kernels
 from .reference.random import STREAMS, stream, threshold
 
 __all__ = ["STREAMS", "draw_seed", "mask", "stream", "threshold"]
@@ -55,16 +57,18 @@ def mask(
     Args:
         seed: of `draw_seed`.
         stream: of `stream`.
-        steps, rows: int64 [N] on the CPU: time and sequence of each row of the result.
+        steps, rows: int64 [N]: time and sequence of each row of the result.
     """
     limit = threshold(p)
     composed = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    if like.is_cpu and not composed:
+    if not like.is_cpu:
+        steps, rows = steps.to(like.device), rows.to(like.device)
+        composed = composed or without_kernels(like.device) is not None
+    if not composed:
         where = stream, steps, rows, columns, limit, dropped, kept
         if torch.compiler.is_compiling():
             return library.random_mask(seed, *where, like.dtype)
         return _C.random_mask(seed.item(), *where, like)
-    steps, rows = steps.to(like.device), rows.to(like.device)
     quads = torch.arange((columns + 3) // 4, device=like.device)
     words = _philox(seed, (quads, rows[:, None], steps[:, None], stream))
     words = torch.stack(words, -1).flatten(1)[:, :columns]

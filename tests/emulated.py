@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import load
 
-from rnn_ext import library, normalized, ops, recompute, transforms
+from rnn_ext import library, normalized, ops, random, recompute, transforms
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["csrc/ops/*.cpp", "tests/emulated_*.cpp"]
@@ -75,7 +75,7 @@ class OnPaths:
 def emulation(monkeypatch, forward, backward):
     """rnn_ext's Python on the emulated kernels; gives `_predicates`."""
     extension = OnPaths(forward, backward)
-    for module in (ops, library, normalized, recompute, transforms):
+    for module in (ops, library, normalized, random, recompute, transforms):
         monkeypatch.setattr(module, "_C", extension)
     monkeypatch.setattr(library, "_on_cuda", lambda tensor: True)
     monkeypatch.setattr(library, "_operators", torch.ops.rnn_ext_emulated)

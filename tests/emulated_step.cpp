@@ -6,6 +6,7 @@
 #include "cpu/dispatch.h"
 #include "cuda/column_sums.cu"
 #include "cuda/persistent.cu"
+#include "cuda/random.cu"
 #include "cuda/step_backward.cu"
 #include "cuda/step_forward.cu"
 #include "ops/cuda_layer.h"

@@ -233,6 +233,7 @@ RNN_EXT_LIBRARY_IMPL(RNN_EXT_OPERATORS, CUDA, m) {
   m.impl("layer", &layer);
   m.impl("layer_forward", &layer_forward_saving);
   m.impl("layer_backward", &layer_backward_kept);
+  m.impl("random_mask", &mask);
 }
 
 // rnn_ext/library.py makes `layer` differentiable; these say that they are not.

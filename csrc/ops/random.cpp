@@ -10,6 +10,8 @@
 #include <utility>
 
 #include "../cpu/dispatch.h"
+#include "cuda_layer.h"
+#include "cuda_random.h"
 #include "parallel.h"
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(RNN_EXT_EMULATED)
@@ -158,9 +160,12 @@ void fill(const Filling& filling, const at::Tensor& result, int64_t count, const
 at::Tensor random_mask(int64_t seed, int64_t stream, const at::Tensor& steps,
                        const at::Tensor& rows, int64_t columns, int64_t threshold,
                        MaskValues values, at::ScalarType dtype) {
-  TORCH_CHECK(steps.is_cpu() && rows.is_cpu(), "random_mask: fills on the CPU");
-  TORCH_CHECK(steps.dim() == 1 && rows.sizes() == steps.sizes(),
-              "random_mask: steps and rows must be 1-D and equally long");
+  TORCH_CHECK(steps.dim() == 1 && rows.sizes() == steps.sizes() && rows.device() == steps.device(),
+              "random_mask: steps and rows must be 1-D, equally long and on one device");
+  if constexpr (kHasCudaKernels)
+    if (on_cuda(steps))
+      return cuda_random_mask(seed, stream, steps, rows, columns, threshold, values, dtype);
+  TORCH_CHECK(steps.is_cpu(), "random_mask: this build has no kernels for device ", steps.device());
   const int64_t count = steps.size(0);
   const at::Tensor result = at::empty({count, columns}, dtype);
   const at::Tensor step = steps.to(at::kLong).contiguous(), row = rows.to(at::kLong).contiguous();

@@ -9,8 +9,9 @@ struct MaskValues {
   double dropped, kept;
 };
 
-// [N, columns] of `dtype`. Row i has the words of step steps[i] and sequence rows[i] (int64 [N]) in
-// `stream`; rnn_ext/random.py says which words those are. The bits do not depend on the threads.
+// [N, columns] of `dtype` on the device of steps and rows. Row i has the words of step steps[i] and
+// sequence rows[i] (int64 [N]) in `stream`; rnn_ext/random.py says which words those are. The bits do
+// not depend on the threads.
 at::Tensor random_mask(int64_t seed, int64_t stream, const at::Tensor& steps,
                        const at::Tensor& rows, int64_t columns, int64_t threshold,
                        MaskValues values, at::ScalarType dtype);
