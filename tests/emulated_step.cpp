@@ -60,7 +60,7 @@ PYBIND11_MODULE(_predicates, m) {
     const std::vector<LayerInputs> in = layer_inputs(given);
     std::vector<std::tuple<Tensor, Tensor, OptionalTensor, Kept>> results;
     for (const LayerOutputs& out :
-         cuda_layer_forward(check_call(in[0]), in, {lengths, resets}, save, path)) {
+         cuda_layer_forward(check_call(in[0]), in, {lengths, {resets, resets}}, save, path)) {
       const Saved& kept = out.saved;
       const OptionalTensor states = save ? OptionalTensor(kept.states) : std::nullopt;
       results.emplace_back(out.output, out.h_n, out.c_n,
@@ -78,7 +78,7 @@ PYBIND11_MODULE(_predicates, m) {
           for (const Upstream& u : upstream) d.push_back({u[0], u[1], u[2], u[3]});
           Wanted all;
           all.fill(true);
-          return cuda_layer_backward(check_call(in[0]), in, {lengths, resets}, saved, d,
+          return cuda_layer_backward(check_call(in[0]), in, {lengths, {resets, resets}}, saved, d,
                                      std::vector<Wanted>(in.size(), all), path);
         });
 }

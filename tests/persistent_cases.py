@@ -98,7 +98,7 @@ class Arrangement(ctypes.Structure):
 
 class Sequences(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("steps", "batch", "hidden", "directions")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("offsets", "lengths", "resets")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("offsets", "lengths")]
 
 
 def _direction(pointers):
@@ -112,12 +112,12 @@ def _direction(pointers):
 
 
 ForwardDirection = _direction(
-    "weights b_ih b_hh gates gates_stride h h_stride middle cells h0 c0 restored_h restored_c "
+    "weights b_ih b_hh gates gates_stride h h_stride middle cells h0 c0 resets restored_h restored_c "
     "restored_product h_n c_n reverse"
 )
 BackwardDirection = _direction(
-    "weights gates middle h gates_stride h_stride cells h0 c0 restored_h restored_c sum_delta "
-    "sum_h sum_c d_h d_h_stride d_cells carry dc delta delta_stride previous reverse"
+    "weights gates middle h gates_stride h_stride cells h0 c0 resets restored_h restored_c "
+    "sum_delta sum_h sum_c d_h d_h_stride d_cells carry dc delta delta_stride previous reverse"
 )
 
 
@@ -161,9 +161,10 @@ class Problem:
         self.d_h_n = random.normal(size=(b, h)).astype(np.float32).astype(float)
         self.d_c_n = random.normal(size=(b, h)).astype(np.float32).astype(float)
         self.restored = draw(b, h) * case.restored, draw(b, h) * case.restored
+        self.resets = random.random((t, b)) < (0.4 if case.resets else 0)
 
-    def expected(self, resets):
-        """(forward, backward): name -> [T, B, ...] or [B, ...], float64; resets is bool [T, B]."""
+    def expected(self):
+        """(forward, backward): name -> [T, B, ...] or [B, ...], float64."""
         case, cell = self.case, reference.CELLS[self.case.cell]
         lstm = case.cell == "lstm"
         identity = np.eye(case.gates * case.hidden)
@@ -177,7 +178,7 @@ class Problem:
         order = order[::-1] if self.reverse else order
         for t in order:
             rows = np.flatnonzero(case.alive[t])
-            cut = rows[resets[t, rows]]
+            cut = rows[self.resets[t, rows]]
             for s, restored in zip(state, self.restored):
                 s[cut] = restored[cut]
             backward["previous"][t, rows] = state[0][rows]
@@ -203,7 +204,7 @@ class Problem:
             if case.cell == "gru":
                 parts = np.concatenate([records[t].r * step.x[:, 2 * case.hidden :], step.x], -1)
             delta[t, rows] = parts
-            cut = resets[t, rows][:, None]
+            cut = self.resets[t, rows][:, None]
             for d, kept, before in zip(d_state, d_restored, step.state, strict=True):
                 d[rows] = np.where(cut, 0, before)
                 kept[rows] += np.where(cut, before, 0)
@@ -219,8 +220,6 @@ class Run:
         self.kernels, self.case = kernels, case
         self.number, *self.tolerance = FORMATS[numbers]
         self.problems = [Problem(case, self.number, d) for d in range(case.directions)]
-        random = np.random.default_rng(case.seed + 3)
-        self.resets = random.random((case.steps, case.batch)) < (0.4 if case.resets else 0)
         self.buffers = [{} for _ in self.problems]
         self.worst = 0.0
 
@@ -249,6 +248,9 @@ class Run:
             own["h_n"] = self.kernels.empty((case.batch, case.hidden), self.number.value, "h_n")
             weights = own["weights"] = self._array(self._stored(problem.weights), "weights")
             d.weights, d.h0, d.h_n = pointer(weights), pointer(own["h0"]), pointer(own["h_n"])
+            if case.resets:
+                own["resets"] = self._array(case.rows_of(problem.resets), "resets")
+                d.resets = pointer(own["resets"])
             if case.bias:
                 own["biases"] = [
                     self._array(self._stored(b), "bias") for b in (problem.b_ih, problem.b_hh)
@@ -306,7 +308,7 @@ class Run:
                     (rows, case.hidden), self.number.value, "previous"
                 )
                 d.d_cells, d.previous = pointer(own["d_cells"]), pointer(own["previous"])
-            d.restored_h = pointer(own.get("restored_h"))
+            d.resets, d.restored_h = pointer(own.get("resets")), pointer(own.get("restored_h"))
             d.restored_c = pointer(own.get("restored_c"))
             if case.restored:
                 sizes = {"sum_delta": case.gates * case.hidden, "sum_h": case.hidden}
@@ -333,9 +335,6 @@ class Run:
             counts = case.alive.sum(1)
             self._offsets = self._array(np.cumsum(counts) - counts, "offsets")
             s.offsets = pointer(self._offsets)
-        if case.resets:
-            self._reset_rows = self._array(case.rows_of(self.resets), "resets")
-            s.resets = pointer(self._reset_rows)
         return s
 
     def _launch(self, name, args):
@@ -350,7 +349,7 @@ class Run:
     def _compare(self, which, names):
         tolerance = self.tolerance[which]
         for direction, (own, problem) in enumerate(zip(self.buffers, self.problems, strict=True)):
-            expected = problem.expected(self.resets)[which]
+            expected = problem.expected()[which]
             for name in names:
                 wanted = expected[name]
                 if wanted.ndim == 3:

@@ -18,7 +18,7 @@ struct BackwardItem {
   RNN_EXT_DEVICE void fetch(const BackwardDirection& d, const Sequences& sequences,
                             const TileRows& rows, int t, int tile_row, int sequence, int unit) {
     const int64_t hidden = sequences.hidden;
-    reset = sequences.resets && sequences.resets[row];
+    reset = d.resets && d.resets[row];
     if constexpr (Cell::kKeepsNet) {
       RNN_EXT_UNROLL
       for (int g = 0; g < Cell::kGates; g++) {

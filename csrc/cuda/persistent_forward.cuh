@@ -34,7 +34,7 @@ struct ForwardItem {
   int row = 0;  // of the [N, ...] matrices
 
   RNN_EXT_DEVICE void fetch(const ForwardDirection& d, const Sequences& sequences, int unit) {
-    reset = sequences.resets && sequences.resets[row];
+    reset = d.resets && d.resets[row];
     RNN_EXT_UNROLL
     for (int g = 0; g < Cell::kGates; g++) {
       input[g] = read_at<T>(d.gates, row * d.gates_stride + g * sequences.hidden + unit);

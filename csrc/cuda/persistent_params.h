@@ -24,7 +24,6 @@ struct Sequences {
   int directions;            // 1 or 2
   const int64_t* offsets;    // [T], the layout of a PackedSequence; null: padded. Needs lengths
   const int64_t* lengths;    // [B], or null: all take part
-  const bool* resets;  // [N], or null: true replaces the state that is carried into the row's step
 };
 
 struct ForwardDirection {
@@ -40,6 +39,7 @@ struct ForwardDirection {
   float* cells;     // [N, H], LSTM: every c_t, or null
   const void* h0;   // S [B, H]
   const float* c0;  // [B, H], LSTM
+  const bool* resets;  // [N], or null: true replaces the state that is carried into the row's step
   Restored restored;
   const float* restored_product;  // [B, G*H] = restored.h U^T, or null: zeros
   void* h_n;                      // S [B, H]
@@ -62,6 +62,7 @@ struct BackwardDirection {
   const float* cells;
   const void* h0;   // S [B, H]
   const float* c0;  // [B, H], LSTM
+  const bool* resets;  // as in the forward pass
   Restored restored;
   RestoredSums restored_sums;
   const void* d_h;  // S [N, H]: gradient of h, or null

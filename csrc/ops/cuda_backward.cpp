@@ -89,8 +89,8 @@ class ParameterGradients {
 // One direction: what it allocates, then either the tensors of a persistent kernel or the loop.
 class BackwardPass {
  public:
-  BackwardPass(const Call& call, const LayerInputs& in, const RowPredicates& predicates,
-               const Saved& saved, const LayerGradients& d, const Wanted& wanted,
+  BackwardPass(const Call& call, const LayerInputs& in, const OptionalTensor& lengths,
+               const OptionalTensor& resets, const Saved& saved, const LayerGradients& d, const Wanted& wanted,
                const PassOptions& options, const cuda::Stream& stream)
       : call_(call),
         in_(in),
@@ -98,7 +98,7 @@ class BackwardPass {
         wanted_(wanted),
         options_(options),
         stream_(stream),
-        l_(call, in, predicates),
+        l_(call, in, lengths, resets),
         delta_(at::empty({call.rows, (l_.gru ? 4 : call.gates) * l_.hidden}, l_.stored)),
         carry_(state_gradient(d.d_h_n, {call.batch, l_.output}, l_.wide)),
         h0_(in.h0.contiguous()),
@@ -120,9 +120,9 @@ class BackwardPass {
   }
 
   BackwardLoop persistent_loop() const {
-    return {&in_,   saved_.gates, saved_.middle, saved_.cells, l_.as_rows(saved_.states),
-            c0_,    restored_,    sums_,         d_output_,    d_cells_,
-            carry_, dc_,          delta_,        previous_};
+    return {&in_,       saved_.gates, saved_.middle, saved_.cells, l_.as_rows(saved_.states), c0_,
+            l_.resets,  restored_,    sums_,         d_output_,    d_cells_,                  carry_,
+            dc_,        delta_,       previous_};
   }
 
   void run_steps() {
@@ -245,14 +245,14 @@ std::vector<InputGradients> cuda_layer_backward(
       cuda_plan(call, directions, cuda::Pass::kBackward, path, options.needs_norms());
   std::deque<BackwardPass> passes;  // which refer to themselves
   for (size_t i = 0; i < directions.size(); i++)
-    passes.emplace_back(call, directions[i], predicates, saved[i], d[i], wanted[i], options,
-                        scope.stream());
+    passes.emplace_back(call, directions[i], predicates.lengths, predicates.resets[i], saved[i], d[i],
+                        wanted[i], options, scope.stream());
   if (plan.persistent && call.rows) {
     std::vector<BackwardLoop> loops;
     for (const BackwardPass& pass : passes) loops.push_back(pass.persistent_loop());
     const float limit = options.clip == Clip::kValue ? static_cast<float>(options.limit)
                                                      : std::numeric_limits<float>::infinity();
-    run_persistent(plan, call, predicates, loops, limit, scope.stream());
+    run_persistent(plan, call, predicates.lengths, loops, limit, scope.stream());
   } else {
     for (BackwardPass& pass : passes) pass.run_steps();
   }

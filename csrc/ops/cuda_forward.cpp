@@ -15,11 +15,11 @@ using at::Tensor;
 class ForwardPass {
  public:
   // Saving, everything that backward reads, or the states alone.
-  ForwardPass(const Call& call, const LayerInputs& in, const RowPredicates& predicates,
-              bool keep_states, bool save, bool persistent)
+  ForwardPass(const Call& call, const LayerInputs& in, const OptionalTensor& lengths,
+              const OptionalTensor& resets, bool keep_states, bool save, bool persistent)
       : call_(call),
         in_(in),
-        l_(call, in, predicates),
+        l_(call, in, lengths, resets),
         keep_states_(keep_states),
         save_(save),
         restored_(l_.restored()),
@@ -46,9 +46,8 @@ class ForwardPass {
     multiply(gates_, l_.as_rows(in_.input), in_.w_ih.t());
     const OptionalTensor c0 = c_state_;
     if (l_.lstm) c_state_ = at::empty_like(*c0);
-    return {&in_,     gates_,    states_,           h_state_,         c0,
-            c_state_, restored_, restored_product_, out_.saved.cells, middle_,
-            save_};
+    return {&in_,      gates_,    states_,           h_state_,         c0,      c_state_,
+            l_.resets, restored_, restored_product_, out_.saved.cells, middle_, save_};
   }
 
   void run_steps(const cuda::Stream& stream) {
@@ -150,12 +149,13 @@ std::vector<LayerOutputs> cuda_layer_forward(const Call& call,
   const bool persistent = plan.persistent && call.rows;
   std::vector<ForwardPass> passes;
   passes.reserve(directions.size());
-  for (const LayerInputs& in : directions)
-    passes.emplace_back(call, in, predicates, save, save && options.keep_gates, persistent);
+  for (size_t i = 0; i < directions.size(); i++)
+    passes.emplace_back(call, directions[i], predicates.lengths, predicates.resets[i], save,
+                        save && options.keep_gates, persistent);
   if (persistent) {
     std::vector<ForwardLoop> loops;
     for (ForwardPass& pass : passes) loops.push_back(pass.persistent_loop());
-    run_persistent(plan, call, predicates, loops, scope.stream());
+    run_persistent(plan, call, predicates.lengths, loops, scope.stream());
   } else {
     for (ForwardPass& pass : passes) pass.run_steps(scope.stream());
   }

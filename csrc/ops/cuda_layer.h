@@ -36,8 +36,8 @@ struct RestoredSums {
 struct RowPredicates {
   // int64 [B]: sequence b takes part in steps t < lengths[b]; its outputs are 0 after that.
   OptionalTensor lengths;
-  // bool, laid out like input's rows: the state carried into the row's step is zeroed.
-  OptionalTensor resets;
+  // Of each direction bool, laid out like input's rows: no state is carried into the row's step.
+  std::array<OptionalTensor, 2> resets;
 };
 
 constexpr const char* kCuda = "cuda";

@@ -61,7 +61,9 @@ struct Records {
 class Layer {
  public:
   Layer(const Call& call, const LayerInputs& in, const ExtraTensors& extras)
-      : scope(in.input), l(call, in, predicates(call, in)), normalized(extras[0].has_value()) {
+      : scope(in.input),
+        l(call, in, {}, resets_of(call, in)),
+        normalized(extras[0].has_value()) {
     const auto read = [this](const OptionalTensor& t) -> const void* {
       return t ? held_.emplace_back(t->contiguous()).const_data_ptr() : nullptr;
     };
@@ -86,9 +88,8 @@ class Layer {
   cuda::NormalizedWeights weights;
 
  private:
-  static RowPredicates predicates(const Call& call, const LayerInputs& in) {
-    if (!in.resets) return {};
-    return {{}, parted_rows(call, in)};
+  static OptionalTensor resets_of(const Call& call, const LayerInputs& in) {
+    return in.resets ? OptionalTensor(parted_rows(call, in)) : std::nullopt;
   }
   std::vector<Tensor> held_;
 };

@@ -30,17 +30,15 @@ float* floats(const OptionalTensor& t) { return static_cast<float*>(data(t)); }
 // The time axis of one direction, with what it needs on the device.
 class DeviceSequences {
  public:
-  DeviceSequences(const Call& call, c10::Device device, const RowPredicates& predicates,
+  DeviceSequences(const Call& call, c10::Device device, const OptionalTensor& lengths,
                   size_t directions) {
     args_.steps = static_cast<int>(call.steps);
     args_.batch = static_cast<int>(call.batch);
     args_.hidden = static_cast<int>(call.sizes.hidden);
     args_.directions = static_cast<int>(directions);
-    if (predicates.lengths) lengths_ = predicates.lengths->contiguous();
-    if (predicates.resets) resets_ = predicates.resets->contiguous();
+    if (lengths) lengths_ = lengths->contiguous();
     if (call.packed) pack(call, device);
     if (lengths_.defined()) args_.lengths = lengths_.const_data_ptr<int64_t>();
-    if (resets_.defined()) args_.resets = resets_.const_data_ptr<bool>();
   }
   const cuda::Sequences& args() const { return args_; }
 
@@ -61,7 +59,7 @@ class DeviceSequences {
     if (!lengths_.defined()) lengths_ = offsets_.narrow(0, call.steps, call.batch);
   }
 
-  Tensor offsets_, lengths_, resets_;
+  Tensor offsets_, lengths_;
   cuda::Sequences args_{};
 };
 
@@ -93,10 +91,10 @@ cuda::CudaPlan cuda_plan(const Call& call, std::span<const LayerInputs> directio
   return plan;
 }
 
-void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredicates& predicates,
+void run_persistent(const cuda::CudaPlan& plan, const Call& call, const OptionalTensor& lengths,
                     const std::vector<ForwardLoop>& loops, const cuda::Stream& stream) {
   const LayerInputs& in = *loops[0].in;
-  const DeviceSequences sequences(call, in.input.device(), predicates, loops.size());
+  const DeviceSequences sequences(call, in.input.device(), lengths, loops.size());
   const Tensor workspace = workspace_of(plan, in);
   std::vector<Tensor> held;  // what is read lives until the kernel is on the stream
   const auto read = [&held](const OptionalTensor& t) -> const void* {
@@ -120,6 +118,7 @@ void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredi
     d.cells = floats(loop.cells);
     d.h0 = read(loop.in->h0);
     d.c0 = floats(loop.c0);
+    d.resets = static_cast<const bool*>(data(loop.resets));
     d.restored = {data(loop.restored.h), data(loop.restored.c)};
     d.restored_product = floats(loop.restored_product);
     d.h_n = data(loop.h_n);
@@ -129,12 +128,12 @@ void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredi
   cuda::persistent_forward(call.kind, plan, p, stream);
 }
 
-void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredicates& predicates,
+void run_persistent(const cuda::CudaPlan& plan, const Call& call, const OptionalTensor& lengths,
                     const std::vector<BackwardLoop>& loops, float limit,
                     const cuda::Stream& stream) {
   const LayerInputs& in = *loops[0].in;
   const long hidden = call.sizes.hidden;
-  const DeviceSequences sequences(call, in.input.device(), predicates, loops.size());
+  const DeviceSequences sequences(call, in.input.device(), lengths, loops.size());
   const Tensor workspace = workspace_of(plan, in);
   std::vector<Tensor> held;
   cuda::PersistentBackward p{};
@@ -156,6 +155,7 @@ void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredi
     d.h_stride = d.d_h_stride = hidden;
     d.cells = floats(loop.cells);
     d.c0 = floats(loop.c0);
+    d.resets = static_cast<const bool*>(data(loop.resets));
     d.restored = {data(loop.restored.h), data(loop.restored.c)};
     const RestoredSums& sums = loop.restored_sums;
     d.restored_sums = {data(sums.delta), data(sums.h), data(sums.c)};

@@ -21,6 +21,7 @@ struct ForwardLoop {
   at::Tensor states;       // S [N, H], every h_t
   at::Tensor h_n;          // S [B, H]
   OptionalTensor c0, c_n;  // float [B, H], LSTM
+  OptionalTensor resets;   // bool [N]
   Restored restored;
   OptionalTensor restored_product;  // float [B, G*H] = restored.h U^T
   OptionalTensor cells;             // float [N, H], LSTM when saving
@@ -34,6 +35,7 @@ struct BackwardLoop {
   OptionalTensor gates, middle, cells;  // as forward left them
   at::Tensor states;                    // as forward left them
   OptionalTensor c0;                    // float [B, H], LSTM
+  OptionalTensor resets;                // bool [N]
   Restored restored;
   RestoredSums restored_sums;
   OptionalTensor d_output, d_cells;  // S [N, H], contiguous
@@ -45,9 +47,9 @@ struct BackwardLoop {
 
 // Each puts one kernel on the stream, for one direction or both. The plan is that of the pass, and
 // persistent. Backward holds the values of dL/dh_t within `limit`.
-void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredicates& predicates,
+void run_persistent(const cuda::CudaPlan& plan, const Call& call, const OptionalTensor& lengths,
                     const std::vector<ForwardLoop>& loops, const cuda::Stream& stream);
-void run_persistent(const cuda::CudaPlan& plan, const Call& call, const RowPredicates& predicates,
+void run_persistent(const cuda::CudaPlan& plan, const Call& call, const OptionalTensor& lengths,
                     const std::vector<BackwardLoop>& loops, float limit,
                     const cuda::Stream& stream);
 

@@ -152,7 +152,9 @@ struct StepLayer {
   const HoldRows hold_h, hold_c;
   OptionalTensor lengths, resets;
 
-  StepLayer(const Call& c, const LayerInputs& inputs, const RowPredicates& predicates)
+  // The direction's own resets, as `RowPredicates` has them.
+  StepLayer(const Call& c, const LayerInputs& inputs, const OptionalTensor& all_lengths,
+            const OptionalTensor& own_resets)
       : call(c),
         in(inputs),
         time(c.time(inputs.reverse)),
@@ -169,14 +171,14 @@ struct StepLayer {
         projected(inputs.w_hr.has_value()),
         hold_h(inputs.hold_h),
         hold_c(inputs.hold_c) {
-    if (predicates.lengths) {
-      check(*predicates.lengths, "lengths", at::kLong, {c.batch});
-      lengths = predicates.lengths->contiguous();
+    if (all_lengths) {
+      check(*all_lengths, "lengths", at::kLong, {c.batch});
+      lengths = all_lengths->contiguous();
     }
-    if (predicates.resets) {
+    if (own_resets) {
       const at::IntArrayRef leading = inputs.input.sizes().slice(0, inputs.input.dim() - 1);
-      check(*predicates.resets, "resets", at::kBool, leading);
-      resets = predicates.resets->contiguous().view({c.rows, 1});
+      check(*own_resets, "resets", at::kBool, leading);
+      resets = own_resets->contiguous().view({c.rows, 1});
     }
   }
 

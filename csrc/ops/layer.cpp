@@ -148,6 +148,10 @@ Call check_call(std::span<const LayerInputs> directions) {
 
 Tensor parted_rows(const Call& call, const LayerInputs& in) {
   if (!in.reverse || in.parted) return in.resets->contiguous();
+  if (!call.packed) {
+    const Tensor last = at::zeros({1, call.batch}, in.resets->options());
+    return at::cat({in.resets->narrow(0, 1, call.steps - 1), last});
+  }
   const Tensor given = in.resets->reshape({call.rows});
   const Tensor after = at::cat({given, at::zeros({1}, given.options())});
   const Tensor next = at::empty({call.rows}, at::kLong);
@@ -162,18 +166,12 @@ Tensor parted_rows(const Call& call, const LayerInputs& in) {
 
 namespace {
 
-// Calls run(directions, predicates, the number of the first) for what the CUDA kernels take at once:
-// with resets a direction, as each meets them elsewhere.
-template <class Run>
-auto on_cuda_each(const Call& call, std::span<const LayerInputs> directions, const Run& run) {
-  if (!directions[0].resets) return run(directions, RowPredicates{}, 0);
-  decltype(run(directions, RowPredicates{}, 0)) all;
-  for (size_t i = 0; i < directions.size(); i++) {
-    const RowPredicates predicates{{}, parted_rows(call, directions[i])};
-    for (auto& result : run(directions.subspan(i, 1), predicates, i))
-      all.push_back(std::move(result));
-  }
-  return all;
+// Each direction meets resets elsewhere.
+RowPredicates cuda_predicates(const Call& call, std::span<const LayerInputs> directions) {
+  RowPredicates predicates;
+  for (size_t i = 0; i < directions.size(); i++)
+    if (directions[i].resets) predicates.resets[i] = parted_rows(call, directions[i]);
+  return predicates;
 }
 
 }  // namespace
@@ -215,9 +213,8 @@ std::vector<LayerOutputs> layer_forward(std::span<const LayerInputs> directions,
   const Call call = check_call(directions);
   if constexpr (kHasCudaKernels)
     if (on_cuda(directions[0].input))
-      return on_cuda_each(call, directions, [&](auto some, const auto& predicates, size_t) {
-        return cuda_layer_forward(call, some, predicates, save, path, options);
-      });
+      return cuda_layer_forward(call, directions, cuda_predicates(call, directions), save, path,
+                                options);
   return cpu_layer_forward(call, directions, save, options);
 }
 
@@ -231,11 +228,8 @@ std::vector<InputGradients> layer_backward(std::span<const LayerInputs> directio
   call.set_groups(groups);
   if constexpr (kHasCudaKernels)
     if (on_cuda(directions[0].input))
-      return on_cuda_each(call, directions, [&](auto some, const auto& predicates, size_t i) {
-        const size_t count = some.size();
-        return cuda_layer_backward(call, some, predicates, saved.subspan(i, count),
-                                   d.subspan(i, count), wanted.subspan(i, count), path, options);
-      });
+      return cuda_layer_backward(call, directions, cuda_predicates(call, directions), saved, d,
+                                 wanted, path, options);
   return cpu_layer_backward(call, directions, saved, d, wanted, options);
 }
 
