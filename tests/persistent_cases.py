@@ -112,8 +112,8 @@ def _direction(pointers):
 
 
 ForwardDirection = _direction(
-    "weights b_ih b_hh gates gates_stride h h_stride middle cells h0 c0 resets restored_h restored_c "
-    "restored_product h_n c_n reverse"
+    "weights b_ih b_hh gates gates_stride h h_stride middle cells h0 c0 resets restored_h "
+    "restored_c restored_product h_n c_n reverse"
 )
 BackwardDirection = _direction(
     "weights gates middle h gates_stride h_stride cells h0 c0 resets restored_h restored_c "

@@ -343,7 +343,13 @@ MUTANTS = [
         "at.p.h",
     ),
     (BACKWARD, "the c that is held", "lstm", "c = made;", "(void)made;"),
-    (BACKWARD, "gradient of a held c lost", "lstm", "passed_on(dc_prev + kept", "passed_on(dc_prev"),
+    (
+        BACKWARD,
+        "gradient of a held c lost",
+        "lstm",
+        "passed_on(dc_prev + kept",
+        "passed_on(dc_prev",
+    ),
     (
         BACKWARD,
         "gradient of a held h lost",
@@ -351,7 +357,13 @@ MUTANTS = [
         "place.store_carry(carry + kept)",
         "place.store_carry(carry)",
     ),
-    (BACKWARD, "gradient of a held h twice", "gru", "run<0>(place, dh - kept)", "run<0>(place, dh)"),
+    (
+        BACKWARD,
+        "gradient of a held h twice",
+        "gru",
+        "run<0>(place, dh - kept)",
+        "run<0>(place, dh)",
+    ),
     (
         BACKWARD,
         "gradient of a held h not read",
@@ -388,6 +400,8 @@ def test_a_planted_bug_is_caught(file, name, cell, old, new):
         held = "share" if kind == "rnn_tanh" else "masks"
         for layout, reverse, zoneout in (("packed", False, None), ("lengths", True, held)):
             options = {"restored": reverse, "clip": clip or None, "zoneout": zoneout}
-            Run(kernels, Case(kind, kind != cell, layout, reverse, **options), Number.FLOAT64).check()
+            Run(
+                kernels, Case(kind, kind != cell, layout, reverse, **options), Number.FLOAT64
+            ).check()
 
     catch(mutant_of(file, name, cell, old, new), SOURCES, run)

@@ -120,6 +120,6 @@ def test_persistent_kernels_refuse_it(monkeypatch):
         taken, _ = run_ours(case)
     with emulation(monkeypatch, "cuda-persistent", "cuda-persistent"):
         run_ours(replace(case, zoneout=None))
-        with pytest.raises(RuntimeError, match="'cuda-persistent' cannot run.*zoneout is in the"):
+        with pytest.raises(RuntimeError, match=r"'cuda-persistent' cannot run.*zoneout is in the"):
             run_ours(case)
     assert all(torch.equal(taken[name], value) for name, value in run_ours(case)[0].items())

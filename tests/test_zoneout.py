@@ -211,7 +211,10 @@ def test_training_keeps_one_byte_more_for_each_unit(kind):
         (lambda h, c: (h[1:], c), "hold_h must be bool of shape"),
         (lambda h, c: (h, c.double()), "hold_c must be bool of shape"),
         (lambda h, c: (h, None), "zoneout holds h, and of the LSTM h and c"),
-        (lambda h, c: (torch.tensor(0.5), c), "or float64 without dimensions on the CPU, got Float"),
+        (
+            lambda h, c: (torch.tensor(0.5), c),
+            "or float64 without dimensions on the CPU, got Float",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
