@@ -35,10 +35,10 @@ struct ForwardDirection {
   int64_t gates_stride;
   void* h;  // S [N, H]
   int64_t h_stride;
-  void* middle;     // S [N, H], GRU when saving: U_n h' + b_rn; otherwise null
-  float* cells;     // [N, H], LSTM: every c_t, or null
-  const void* h0;   // S [B, H]
-  const float* c0;  // [B, H], LSTM
+  void* middle;        // S [N, H], GRU when saving: U_n h' + b_rn; otherwise null
+  float* cells;        // [N, H], LSTM: every c_t, or null
+  const void* h0;      // S [B, H]
+  const float* c0;     // [B, H], LSTM
   const bool* resets;  // [N], or null: true replaces the state that is carried into the row's step
   Restored restored;
   const float* restored_product;  // [B, G*H] = restored.h U^T, or null: zeros
@@ -60,8 +60,8 @@ struct BackwardDirection {
   const void *gates, *middle, *h;  // as forward left them
   int64_t gates_stride, h_stride;
   const float* cells;
-  const void* h0;   // S [B, H]
-  const float* c0;  // [B, H], LSTM
+  const void* h0;      // S [B, H]
+  const float* c0;     // [B, H], LSTM
   const bool* resets;  // as in the forward pass
   Restored restored;
   RestoredSums restored_sums;

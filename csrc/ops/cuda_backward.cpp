@@ -90,8 +90,8 @@ class ParameterGradients {
 class BackwardPass {
  public:
   BackwardPass(const Call& call, const LayerInputs& in, const OptionalTensor& lengths,
-               const OptionalTensor& resets, const Saved& saved, const LayerGradients& d, const Wanted& wanted,
-               const PassOptions& options, const cuda::Stream& stream)
+               const OptionalTensor& resets, const Saved& saved, const LayerGradients& d,
+               const Wanted& wanted, const PassOptions& options, const cuda::Stream& stream)
       : call_(call),
         in_(in),
         saved_(saved),
@@ -120,9 +120,9 @@ class BackwardPass {
   }
 
   BackwardLoop persistent_loop() const {
-    return {&in_,       saved_.gates, saved_.middle, saved_.cells, l_.as_rows(saved_.states), c0_,
-            l_.resets,  restored_,    sums_,         d_output_,    d_cells_,                  carry_,
-            dc_,        delta_,       previous_};
+    return {&in_,     saved_.gates, saved_.middle, saved_.cells, l_.as_rows(saved_.states),
+            c0_,      l_.resets,    restored_,     sums_,        d_output_,
+            d_cells_, carry_,       dc_,           delta_,       previous_};
   }
 
   void run_steps() {
@@ -245,8 +245,8 @@ std::vector<InputGradients> cuda_layer_backward(
       cuda_plan(call, directions, cuda::Pass::kBackward, path, options.needs_norms());
   std::deque<BackwardPass> passes;  // which refer to themselves
   for (size_t i = 0; i < directions.size(); i++)
-    passes.emplace_back(call, directions[i], predicates.lengths, predicates.resets[i], saved[i], d[i],
-                        wanted[i], options, scope.stream());
+    passes.emplace_back(call, directions[i], predicates.lengths, predicates.resets[i], saved[i],
+                        d[i], wanted[i], options, scope.stream());
   if (plan.persistent && call.rows) {
     std::vector<BackwardLoop> loops;
     for (const BackwardPass& pass : passes) loops.push_back(pass.persistent_loop());

@@ -130,9 +130,7 @@ class HoldRows {
       rows_ = RowPointer(units_);
     }
   }
-  cuda::Hold operator[](long row) const {
-    return {static_cast<const bool*>(rows_[row]), share_};
-  }
+  cuda::Hold operator[](long row) const { return {static_cast<const bool*>(rows_[row]), share_}; }
 
  private:
   at::Tensor units_;
