@@ -27,8 +27,9 @@ haste       i, g, f, o            z, r, h     [I, G*H], [H, G*H], one bias of th
 All of them compute h_t = (1 - z) n + z h_{t-1}, as we do. Keras' GRU with ``reset_after=False`` is
 ours with ``reset_after=False``, and so is ONNX's with ``linear_before_reset=0``.
 
-Sources: keras.layers.LSTM, GRU and SimpleRNN; https://onnx.ai/onnx/operators; lmnt-com/haste,
-frameworks/pytorch/lstm.py and gru.py (``to_native_weights``).
+Sources: keras.layers.LSTM, GRU and SimpleRNN (clients/test_keras.py runs them beside ours);
+https://onnx.ai/onnx/operators; lmnt-com/haste, frameworks/pytorch/lstm.py and gru.py
+(``to_native_weights``).
 """
 
 from collections.abc import Mapping, Sequence

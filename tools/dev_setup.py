@@ -71,6 +71,16 @@ CLIENTS = [
     "certifi",
     "charset-normalizer",
     "networkx",
+    "keras==3.15.1",
+    "absl-py",
+    "namex",
+    "h5py",
+    "optree",
+    "ml-dtypes",
+    "rich",
+    "markdown-it-py",
+    "mdurl",
+    "pygments",
 ]
 # Data and tasks of examples/. Their own dependencies are not looked at: what is used does not need
 # them, but for the ones named here.
