@@ -24,7 +24,6 @@ import corpora
 import distributed
 import language
 import plots
-import torch
 import training
 from common import InputError, positive
 
@@ -73,10 +72,8 @@ def run(args, device):
     def build(library):
         layer_class = training.layer_class(library, args)
         model = language.LanguageModel(layer_class, len(vocabulary), args.hidden, args.layers)
-        optimizer = torch.optim.Adam(model.to(device).parameters(), args.lr)
-        return language.LanguageLearner(
-            model, optimizer, args.clip, windows, held_out_windows, unit="character"
-        )
+        data = windows, held_out_windows
+        return language.LanguageLearner(model.to(device), args, *data, unit="character")
 
     learners = training.learners(args, build)
     digest = hashlib.sha256(text.encode()).hexdigest()

@@ -74,12 +74,13 @@ class ControlLearner(training.Learner):
 
     SCORES = (Score("return of the policy", ".1f"),)
     LOSS_UNIT = "of 500 lost"
+    RECORD = (*training.Learner.RECORD, "learning")
 
     def __init__(self, model, args):
-        super().__init__(model, torch.optim.Adam(model.parameters(), args.lr))
+        super().__init__(model, args)
         self.args, self.carts = args, Carts(args.batch, args.seed, args.device)
-        self.begun, self.learning = None, []
-        self.state = []  # returns of the last episodes
+        self.begun = None  # the state of the layer where the window begins
+        self.state, self.learning = [], []  # returns of the last episodes; seconds, without driving
 
     @torch.no_grad()
     def drive(self):
@@ -102,7 +103,7 @@ class ControlLearner(training.Learner):
             for part in torch.randperm(self.args.batch).chunk(PARTS):
                 begun = map_state(lambda s, part=part: s[:, part], self.begun)
                 loss = self.loss(begun, *(x[:, part] for x in data))
-                self.require_sane(self.descend(loss, self.args.clip), step)
+                self.require_sane(self.descend(loss), step)
         self.begun = state
         self.learning.append(time.perf_counter() - start)
         self.state = (self.state + self.carts.returns)[-100:]
@@ -171,8 +172,7 @@ def main(arguments):
     training.report(learners, per_step, "step")
     for name, run in learners.items():
         print(f"{name:10} last 100 episodes of training: {LONGEST * (1 - run.losses[-1]):.1f}")
-        if run.learning:
-            print(f"{'':10} improving the policy: {1e3 * median(run.learning):.1f} ms a window")
+        print(f"{'':10} improving the policy: {1e3 * median(run.learning):.1f} ms a window")
     draw(args, learners, per_step / 1e3)
     training.summary(learners, args)
 
@@ -185,8 +185,7 @@ def draw(args, learners, per_step):
             look = {"color": plots.COLORS[name], "linewidth": 2.5, "label": name}
             steps = [per_step * (n + 1) for n in range(len(returns))]
             axes["a"].plot(steps, returns, **look)
-            if len(run.seconds) == len(returns):  # false after --resume
-                axes["b"].plot(list(accumulate(run.seconds)), returns, **look)
+            axes["b"].plot(list(accumulate(run.seconds)), returns, **look)
         axes["a"].axhline(150, color=plots.MUTED, linestyle="--", linewidth=1, label="goal: 150")
         axes["a"].set(title="Return, mean of the last 100 episodes", ylabel="steps in balance")
         axes["a"].set_xlabel("steps of a cart, in thousands")

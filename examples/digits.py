@@ -71,16 +71,14 @@ class DigitLearner(training.Learner):
     SCORES = (Score("test accuracy", ".2%"),)
 
     def __init__(self, model, args, data, batches):
-        super().__init__(model, torch.optim.Adam(model.parameters(), args.lr))
-        self.clip, self.batches = args.clip, batches
+        super().__init__(model, args, training.falling_rate(args))
         self.pixels, self.test_pixels, self.digits, self.test_digits = data
-        self.rate = training.falling_rate(args)
+        self.batches = batches
 
     def train_step(self, step):
-        self.set_rate(self.rate(step))
         chosen = self.batches(step).to(self.digits.device)
         logits = self.model(self.pixels[chosen])
-        return self.descend(nn.functional.cross_entropy(logits, self.digits[chosen]), self.clip)
+        return self.descend(nn.functional.cross_entropy(logits, self.digits[chosen]))
 
     def read(self):
         return self.model(self.test_pixels).argmax(1)

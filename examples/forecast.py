@@ -60,19 +60,18 @@ class ForecastLearner(training.Learner):
     LOSS_UNIT = "daily changes"
 
     def __init__(self, model, args, series, cut):
-        super().__init__(model, torch.optim.Adam(model.parameters(), args.lr))
-        self.args, self.series, self.rate = args, series, training.falling_rate(args)
+        super().__init__(model, args, training.falling_rate(args))
+        self.args, self.series = args, series
         self.mean, self.scale = series[:cut].mean(), series[:cut].std()
         self.history, self.future = held_out(series, cut, args)
         self.batches = common.Batches(cut - args.window, args.batch, args.seed)
 
     def train_step(self, step):
-        self.set_rate(self.rate(step))
         days = windows(self.series, self.batches(step), self.args.window + 1)
         days = (days - self.mean) / self.scale
         following, _ = self.model(days[:-1])
         errors = (following - days[1:])[self.args.window // 4 :]  # the first days say too little
-        return self.descend(errors.abs().mean() / self.model.step, self.args.clip)
+        return self.descend(errors.abs().mean() / self.model.step)
 
     def forecast(self):  # -> [horizon, forecasts], in ms
         days = self.model.forecast((self.history - self.mean) / self.scale, self.args.horizon)

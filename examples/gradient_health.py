@@ -52,8 +52,8 @@ class FamilyLearner(training.Learner):
     SCORES = (Score("mean test accuracy of the four", ".2%"),)
 
     def __init__(self, model, args, data):
-        super().__init__(model, torch.optim.Adam(model.parameters(), args.lr))
-        self.clip, (self.pixels, self.test_pixels, self.labels, self.test_labels) = args.clip, data
+        super().__init__(model, args)
+        self.pixels, self.test_pixels, self.labels, self.test_labels = data
         self.batches = common.Batches(len(self.pixels), args.batch, args.seed)
 
     def train_step(self, step):

@@ -62,26 +62,14 @@ def perplexity(loss):
 
 
 class LanguageLearner(Learner):
-    """The model with its optimizer and the state that it carries from window to window.
+    """Carries the state from window to window; options are those of every Learner.
 
     special: the codes begin with corpora.SPECIALS, of which <pad> and <bos> are never predicted.
-    rate: the learning rate of a step; without it, the optimizer's own stays.
     """
 
-    def __init__(
-        self,
-        model,
-        optimizer,
-        clip,
-        windows,
-        held_out_windows,
-        special=False,
-        unit="token",
-        rate=None,
-    ):
-        super().__init__(model, optimizer)
-        self.rate = rate
-        self.shared, self.clip, self.special = distributed.share(model), clip, special
+    def __init__(self, model, args, windows, held_out_windows, unit, special=False, **options):
+        super().__init__(model, args, **options)
+        self.shared, self.special = distributed.share(model), special
         self.windows, self.held_out_windows = windows, held_out_windows
         self.SCORES = (
             Score("held-out perplexity", ".4f", perplexity),
@@ -94,14 +82,12 @@ class LanguageLearner(Learner):
         return targets.masked_fill((targets == PAD) | (targets == BOS), IGNORED)
 
     def train_step(self, step):
-        if self.rate:
-            self.set_rate(self.rate(step))
         inputs, targets, fresh = self.windows(step)
         inputs, targets = distributed.columns(inputs), distributed.columns(self.targets(targets))
         logits, state = self.shared(inputs, None if fresh else self.state)
         loss = cross_entropy(logits, targets, ignore_index=IGNORED)
         self.state = detach(state)
-        self.descend(loss, self.clip)
+        self.descend(loss)
         return distributed.mean(loss).item()
 
     def evaluate(self):

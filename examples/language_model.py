@@ -126,16 +126,15 @@ def build(library, args, corpus, device):
         dropout=args.dropout,
         kind=args.dropout_kind,
     ).to(device)
-    optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[args.optimizer]
     return language.LanguageLearner(
         model,
-        optimizer(model.parameters(), args.lr),
-        args.clip,
+        args,
         corpus.windows,
         corpus.held_out,
+        corpus.unit,
         special=True,
-        unit=corpus.unit,
         rate=training.falling_rate(args),
+        optimizer={"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[args.optimizer],
     )
 
 

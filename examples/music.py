@@ -21,7 +21,6 @@ import common
 import corpora
 import language
 import plots
-import torch
 import training
 from common import InputError, positive
 
@@ -82,11 +81,8 @@ def main(arguments):
     def build(library):
         layer_class = training.layer_class(library, args)
         model = language.LanguageModel(layer_class, len(vocabulary), args.hidden, args.layers)
-        optimizer = torch.optim.Adam(model.to(device).parameters(), args.lr)
-        rate = training.falling_rate(args)
-        return language.LanguageLearner(
-            model, optimizer, args.clip, train, held_out, special=True, unit="symbol", rate=rate
-        )
+        options = {"unit": "symbol", "special": True, "rate": training.falling_rate(args)}
+        return language.LanguageLearner(model.to(device), args, train, held_out, **options)
 
     learners = training.learners(args, build)
     settings = {"window": args.window, "vocabulary": " ".join(vocabulary.tokens)}

@@ -78,8 +78,8 @@ class NamerLearner(training.Learner):
     )
 
     def __init__(self, model, args, train, test):
-        super().__init__(model, torch.optim.Adam(model.parameters(), args.lr))
-        self.clip, self.data, self.test = args.clip, train, test
+        super().__init__(model, args)
+        self.data, self.test = train, test
         self.batches = common.Batches(len(train[0]), args.batch, args.seed)
 
     def train_step(self, step):
@@ -87,7 +87,7 @@ class NamerLearner(training.Learner):
         categories, targets = self.data[0][batch], self.data[1][:, batch]
         targets = targets[: (targets != NOTHING).any(1).sum()]
         letters = (targets != NOTHING).sum()
-        return self.descend(self.model.losses(categories, targets).sum() / letters, self.clip)
+        return self.descend(self.model.losses(categories, targets).sum() / letters)
 
     def evaluate(self):
         targets = self.test[1]

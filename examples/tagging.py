@@ -41,16 +41,14 @@ class TagLearner(training.Learner):
     SCORES = (Score("held-out macro-F1"),)
 
     def __init__(self, model, args, windows, held_out):
-        super().__init__(model, torch.optim.Adam(model.parameters(), args.lr))
-        self.clip, self.rate = args.clip, training.falling_rate(args)
+        super().__init__(model, args, training.falling_rate(args))
         self.windows, self.held_out_windows = windows, held_out
         self.batches = common.Batches(len(windows.starts), args.batch, args.seed)
 
     def train_step(self, step):
-        self.set_rate(self.rate(step))
         codes, tags = self.windows(self.batches(step))
         loss = nn.functional.cross_entropy(self.model(codes).flatten(0, 1), tags.flatten())
-        return self.descend(loss, self.clip)
+        return self.descend(loss)
 
     @torch.no_grad()
     def f1(self):

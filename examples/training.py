@@ -36,25 +36,25 @@ class Learner:
     and evaluate(), which returns what was reached on held-out data, a number that SCORES describe.
     Random numbers of a step (dropout) depend on the seed and the step alone, so that both libraries
     draw the same and a resumed training goes on as if it had never stopped.
+
+    The learning rate of a step is rate(step), or args.lr throughout.
     """
 
     SCORES = (Score("held-out loss"),)  # the first one is the headline
     LOSS_UNIT = "nats"
+    RECORD = ("state", "losses", "held_out", "seconds")  # what a checkpoint has beside weights
 
-    def __init__(self, model, optimizer):
-        self.model, self.optimizer, self.state = model, optimizer, None
+    def __init__(self, model, args, rate=None, optimizer=torch.optim.Adam):
+        self.model, self.clip, self.state = model, args.clip, None
+        self.optimizer, self.rate = optimizer(model.parameters(), args.lr), rate
         self.losses, self.held_out = [], []  # one loss a step; pairs of step and loss
-        self.seconds = []  # time of each step of this process
+        self.seconds = []  # time of each step
 
-    def set_rate(self, rate):
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def descend(self, loss, clip):
-        """One step of the optimizer down loss, whose gradient is cut to the norm clip."""
+    def descend(self, loss):
+        """One step of the optimizer down loss, with a gradient whose norm is at most --clip."""
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         return loss.item()
 
@@ -62,6 +62,9 @@ class Learner:
         self.model.train()
         for step in steps:
             torch.manual_seed(1_000_003 * seed + step)
+            if self.rate:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.rate(step)
             start = time.perf_counter()
             self.losses.append(self.train_step(step))
             self.seconds.append(time.perf_counter() - start)
@@ -86,12 +89,13 @@ class Learner:
 
     def state_dict(self):
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return parts | {"state": self.state, "losses": self.losses, "held_out": self.held_out}
+        return parts | {name: getattr(self, name) for name in self.RECORD}
 
     def load_state_dict(self, saved):
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.state, self.losses, self.held_out = saved["state"], saved["losses"], saved["held_out"]
+        for name in self.RECORD:
+            setattr(self, name, saved[name])
 
 
 def libraries(args):
@@ -178,7 +182,7 @@ def thousands(value):
 
 def time_ratio(learners):
     """torch.nn's median time of a step over ours; None when there is nothing to compare."""
-    if len(learners) < 2 or not all(run.seconds for run in learners.values()):
+    if len(learners) < 2:
         return None
     ours, theirs = (median(run.seconds) for run in learners.values())
     return theirs / ours
@@ -197,11 +201,10 @@ def report(learners, per_step, unit):
     row(f"training loss, last {last} steps ({runs[0].LOSS_UNIT})", losses)
     for score in runs[0].SCORES:
         row(score.label, [score(run.held_out[-1][1]) for run in runs])
-    if all(run.seconds for run in runs):  # none when a finished training is only looked at
-        medians = [median(run.seconds) for run in runs]
-        steps = f"median of {len(runs[0].seconds):,}"
-        row(f"time of a step, {steps} (ms)", [f"{1e3 * m:.2f}" for m in medians])
-        row(f"{unit}s per second", [f"{per_step / m:,.0f}" for m in medians])
+    medians = [median(run.seconds) for run in runs]
+    steps = f"median of {len(runs[0].seconds):,}"
+    row(f"time of a step, {steps} (ms)", [f"{1e3 * m:.2f}" for m in medians])
+    row(f"{unit}s per second", [f"{per_step / m:,.0f}" for m in medians])
     if len(runs) == 2:
         report_agreement(learners)
 
@@ -219,9 +222,8 @@ def report_agreement(learners):
     scores = [run.score for run in runs]
     largest = max(map(abs, scores)) or 1
     print(f"{runs[0].SCORES[0].label} by {abs(scores[0] - scores[1]) / largest:.2%}")
-    if ratio := time_ratio(learners):
-        print(f"speed      {ours} trains {ratio:.2f} times as fast as {theirs}")
-        print("           (ratio of the median step times; the two took turns in one process)")
+    print(f"speed      {ours} trains {time_ratio(learners):.2f} times as fast as {theirs}")
+    print("           (ratio of the median step times; the two took turns in one process)")
 
 
 def summary(learners, args, *written):

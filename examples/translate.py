@@ -85,7 +85,7 @@ class SpellerLearner(training.Learner):
     SCORES = (Score("held-out phoneme error rate (%)", ".2f"),)
 
     def __init__(self, model, args, train, test):
-        super().__init__(model, torch.optim.Adam(model.parameters(), args.lr))
+        super().__init__(model, args)
         self.args, self.train, self.test = args, train, test
         self.batches = common.Batches(train[0].size(1), args.batch, args.seed)
 
@@ -103,7 +103,7 @@ class SpellerLearner(training.Learner):
             logits, _ = self.model.decode(inputs, state)
         logits, target = logits.flatten(0, 1), target.flatten()
         loss = nn.functional.cross_entropy(logits, target, ignore_index=PAD)
-        return self.descend(loss, self.args.clip)
+        return self.descend(loss)
 
     def evaluate(self):
         letters, right = self.test
