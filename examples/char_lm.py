@@ -26,6 +26,7 @@ import language
 import plots
 import training
 from common import InputError, positive
+from outputs import Checkpoint
 
 import rnn_ext
 
@@ -78,7 +79,7 @@ def run(args, device):
     learners = training.learners(args, build)
     digest = hashlib.sha256(text.encode()).hexdigest()
     settings = {"window": args.window, "text": digest, "vocabulary": vocabulary}
-    checkpoint = common.Checkpoint(args, KIND, settings, learners)
+    checkpoint = Checkpoint(args, KIND, settings, learners)
 
     ours = learners["rnn_ext"].model
     print(f"text     {source}: {len(text):,} characters, {len(vocabulary)} different")

@@ -24,6 +24,7 @@ import torch
 import training
 from cartpole import LONGEST, VISIBLE, Carts
 from common import InputError, positive
+from outputs import Checkpoint
 from torch import nn
 from torch.nn.functional import logsigmoid, softplus
 from training import Score, map_state
@@ -73,7 +74,7 @@ class ControlLearner(training.Learner):
     """Carts, and a policy that learns from them. A resumed training begins with new episodes."""
 
     SCORES = (Score("return of the policy", ".1f"),)
-    LOSS_UNIT = "of 500 lost"
+    LOSS_UNIT = "share of 500 lost"
     RECORD = (*training.Learner.RECORD, "learning")
 
     def __init__(self, model, args):
@@ -164,7 +165,7 @@ def main(arguments):
         return ControlLearner(Policy(library, args).to(device), args)
 
     learners = training.learners(args, build)
-    checkpoint = common.Checkpoint(args, KIND, {"window": args.window}, learners)
+    checkpoint = Checkpoint(args, KIND, {"window": args.window}, learners)
     print(f"task     CartPole-v1 without velocities, {args.batch} carts side by side")
     print(f"model    {training.describe(args, learners['rnn_ext'].model)}")
     print(f"training {args.steps} windows of {args.window} steps of each cart\n", flush=True)

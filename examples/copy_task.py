@@ -23,6 +23,7 @@ import plots
 import streaming
 import torch
 from common import positive
+from outputs import prepare_output
 from torch import nn
 
 import rnn_ext
@@ -115,7 +116,7 @@ def draw(args, learners):
             seen, lengths = zip(*learner.history, (args.steps, learner.length))
             look = {"color": color, "where": "post", "lw": 5 if "BPTT" in name else 2}
             axes["a"].step([value / 1000 for value in seen], lengths, **look, label=name)
-        axes["a"].set(xlabel="steps seen (thousands)", ylabel="bits to copy")
+        axes["a"].set(xlabel="steps seen (thousands)", ylabel="bits that it learns to copy")
         axes["a"].legend()
 
 
@@ -127,7 +128,7 @@ def main(arguments):
     add("--window", type=whole, default=3, help="steps of truncated backpropagation")
     add("--lr", type=positive(float), default=5e-3, help="learning rate")
     args = parser.parse(arguments, "copy_task", QUICK)
-    common.prepare_output(args.plot)
+    prepare_output(args.plot)
     learners = {
         "full BPTT": Windows(args),
         "RTRL, chunked": ForwardInTime(args, "chunked"),
@@ -140,7 +141,7 @@ def main(arguments):
     for name, learner in learners.items():
         print(f"{name:24}{learner.length - 1:12}{learner.missing:24.3f} bits")
     draw(args, learners)
-    reached = ", ".join(f"{name} {learner.length - 1}" for name, learner in learners.items())
+    reached = ", ".join(f"{name}: {learner.length - 1}" for name, learner in learners.items())
     print(f"\nsummary  copy_task: bits copied after {args.steps:,} steps: {reached}; ", end="")
     print(f"wrote {args.plot}")
 

@@ -19,6 +19,7 @@ import common
 import plots
 import torch
 import training
+from outputs import Checkpoint
 from torch import nn
 from training import Score
 
@@ -113,7 +114,7 @@ def main(arguments):
     variants = {variant: build(rnn_ext, *variant) for variant in VARIANTS if args.variants}
     learners = pair | {" ".join(variant): learner for variant, learner in variants.items()}
     settings = {"order": args.order, "pooling": args.pooling, "variants": args.variants}
-    checkpoint = common.Checkpoint(args, KIND, settings, learners)
+    checkpoint = Checkpoint(args, KIND, settings, learners)
 
     model = pair["rnn_ext"].model
     print(f"data     {len(data[0]):,} images of digits to train on, {len(data[1])} to test")
@@ -133,8 +134,8 @@ def main(arguments):
 
 def draw(args, pair, variants, data):
     title = "Handwritten digits, read by recurrent networks"
-    mosaic, ratios = ("cb;cm", [1.2, 1]) if variants else ("ct;cm", None)
-    with plots.figure(args.plot, title, mosaic, (13, 6), height_ratios=ratios) as axes:
+    mosaic = "cb;cm" if variants else "ct;cm"
+    with plots.figure(args.plot, title, mosaic, (13, 6), [1.3, 1], [1.2, 1]) as axes:
         if variants:
             draw_curves(axes["c"], variants)
             draw_bars(axes["b"], variants)
@@ -152,7 +153,8 @@ def draw_curves(axes, variants):
         label = f"{cell.upper()}, {order}, {pooling}"
         axes.plot(steps, [100 * s for s in scores], style, color=color, marker="o", label=label)
     axes.set(title="Test accuracy while training", xlabel="training step", ylabel="percent right")
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize="small")
+    narrow = {"fontsize": "small", "columnspacing": 1.2}
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1), **narrow)
 
 
 def draw_bars(axes, variants):

@@ -6,8 +6,8 @@
 A day is 86,400 seconds and about a millisecond: tides, the atmosphere and the Earth's core change
 how fast the Earth turns. The International Earth Rotation Service measures it every day (series
 EOP 20 C04, here 1984 to 2024, in the package astropy-iers-data). The layer reads --window days and
-is trained to say the next one (teacher forcing). To forecast --horizon days it lives on what it
-says: each day's forecast is the next input.
+is trained to predict the next one (teacher forcing). To forecast --horizon days it is fed its own
+predictions: each day's forecast is the next input.
 
 Beside it stand three baselines: "tomorrow as today"; "as one lunar month of 27 days ago"; and the
 autoregressive model of the same --window days, fitted by least squares, which a series so close to
@@ -23,6 +23,7 @@ import torch
 import training
 from common import InputError, positive
 from earth import EVERY, HELD_OUT, LUNAR, YEARS, baselines, held_out, read_series, windows
+from outputs import Checkpoint
 from torch import nn
 from training import Score
 
@@ -106,7 +107,7 @@ def main(arguments):
 
     learners = training.learners(args, build)
     settings = {"window": args.window, "horizon": args.horizon}
-    checkpoint = common.Checkpoint(args, KIND, settings, learners)
+    checkpoint = Checkpoint(args, KIND, settings, learners)
     print(f"data     length of the day, {YEARS[0]} to {YEARS[-1]}: {len(series):,} days, ", end="")
     print(f"{cut:,} to train; held out: {HELD_OUT[0]} to {HELD_OUT[-1]}")
     print(f"model    {training.describe(args, learners['rnn_ext'].model)}\n", flush=True)

@@ -3,8 +3,8 @@
     python examples/gradient_health.py      # handwritten digits pixel by pixel, about a minute
     python examples/gradient_health.py --hidden 100 --gain 1.3 --grad-clip 0.1 --depth 12
 
-The loss is said after the 64th pixel; a layer learns from the first ones only if ||dL/dh_t||, which
-rnn_ext.gradient_flow takes in passing from the backward pass, does not fade on its way back
+The loss is computed after the 64th pixel; a layer learns from the first ones only if ||dL/dh_t||,
+which rnn_ext.gradient_flow records during the backward pass, does not fade on its way back
 (Bengio et al. 1994, Pascanu et al. 2013). Shown are a tanh RNN, an IRNN (relu, identity: Le et al.
 2015), an LSTM and a GRU before training and after it; an IRNN whose recurrent weights are --gain
 times the identity, with and without grad_clip=, which limits dL/dh_t at every step; and the way
@@ -24,12 +24,14 @@ import plots
 import torch
 import training
 from common import InputError, positive
+from outputs import Checkpoint
 from torch import nn
 from training import Score
 
 KIND = "rnn_ext gradient_health 1"
 QUICK = {"hidden": 32, "steps": 120}
 KINDS = {"rnn": "tanh RNN", "irnn": "IRNN", "lstm": "LSTM", "gru": "GRU"}
+STEP_NORM = r"$\|\partial L/\partial h_t\|$"
 PROBE = 64  # test images that the gradients are looked at with
 
 
@@ -52,7 +54,7 @@ class FamilyLearner(training.Learner):
     SCORES = (Score("mean test accuracy of the four", ".2%"),)
 
     def __init__(self, model, args, data):
-        super().__init__(model, args)
+        super().__init__(model, args, training.falling_rate(args))
         self.pixels, self.test_pixels, self.labels, self.test_labels = data
         self.batches = common.Batches(len(self.pixels), args.batch, args.seed)
 
@@ -88,7 +90,7 @@ def main(arguments):
         raise InputError("--depth takes 2 layers or more: between them lie the links")
     device = common.usable_device(args.device)
     data = digits.images(device)
-    args.steps = training.number_of_steps(args, len(data[0]) / args.batch, default_epochs=15)
+    args.steps = training.number_of_steps(args, len(data[0]) / args.batch, default_epochs=25)
 
     steps = data[1][:PROBE].reshape(-1, 64, 1).transpose(0, 1)
     labels = data[3][:PROBE]
@@ -98,7 +100,7 @@ def main(arguments):
 
     before = flows.compare(training.learners(args, build)["rnn_ext"].model.named(), steps, labels)
     learners = training.learners(args, build)
-    checkpoint = common.Checkpoint(args, KIND, {}, learners)
+    checkpoint = Checkpoint(args, KIND, {}, learners)
     print(f"data     {len(data[0]):,} images of 64 pixels to train on, {len(data[1])} to test")
     print(f"model    {training.describe(args, learners['rnn_ext'].model)}\n", flush=True)
     training.train(learners, args, args.batch, checkpoint.save, "image")
@@ -135,17 +137,17 @@ def draw(args, before, after, exploding, depth, learners):
         for place, (name, found) in panels.items():
             for kind, (norms, *_) in found.items():
                 axes[place].semilogy(range(1, 65), norms.clamp(min=1e-20), label=kind)
-            axes[place].set(title=name, xlabel="step t (pixel)", ylabel="||dL/dh_t||")
+            axes[place].set(title=name, xlabel="step t (pixel)", ylabel=STEP_NORM)
         axes["b"].set_ylim(bottom=axes["a"].get_ylim()[0])  # what was so small is no longer
         for number, (name, norms) in enumerate(exploding.items()):
             axes["c"].semilogy(range(1, 65), norms, label=name, color=plots.CYCLE[4 - 4 * number])
         axes["c"].set(title=f"Exploding: IRNN with {args.gain:g} times the identity")
-        axes["c"].set(xlabel="step t (pixel)", ylabel="||dL/dh_t||")
+        axes["c"].set(xlabel="step t (pixel)", ylabel=STEP_NORM)
         for (name, norms), color in zip(depth.items(), plots.CYCLE[2:]):
             look = {"marker": "o", "color": color, "label": name}
             axes["d"].semilogy(range(1, args.depth + 1), norms, **look)
         axes["d"].set(title=f"Through {args.depth} layers (tanh RNN)", xlabel="layer")
-        axes["d"].set(ylabel="||dL/dh|| over all steps")
+        axes["d"].set(ylabel=rf"{STEP_NORM}, over all $t$")
         plots.losses(axes["e"], learners, "nats, mean of the four")
         names = {"rnn_ext": "rnn_ext.gradient_flow", "torch.nn": "loop over torch.nn's cells"}
         for number, (name, label) in enumerate(names.items()):

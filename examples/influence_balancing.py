@@ -24,6 +24,7 @@ import plots
 import streaming
 import torch
 from common import positive
+from outputs import prepare_output
 
 import rnn_ext
 
@@ -124,11 +125,11 @@ def main(arguments):
     windows = [1, 10, 100, 400]
     parser.add_argument("--windows", type=positive(int), nargs="+", default=windows, metavar="K")
     args = parser.parse(arguments, "influence_balancing", QUICK)
-    common.prepare_output(args.plot)
+    prepare_output(args.plot)
     torch.manual_seed(args.seed)  # nothing is random here
     histories = {f"RTRL, {mode}": forward_in_time(mode, args) for mode in ("exact", "snap1")}
     for window in args.windows:
-        histories[f"truncated, {window} steps"] = truncated(window, args)
+        histories[f"truncated, {window} step{'s' * (window > 1)}"] = truncated(window, args)
     print(f"\n{'':24}{'theta':>10}{'loss':>12}")
     for name, history in histories.items():
         theta, loss = history[-1]

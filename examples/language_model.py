@@ -29,6 +29,7 @@ import reber
 import torch
 import training
 from common import InputError, positive
+from outputs import Checkpoint
 
 import rnn_ext
 
@@ -160,7 +161,7 @@ def run(args, device):
     args.steps = training.number_of_steps(args, len(corpus.windows), default_epochs=4)
     learners = training.learners(args, lambda library: build(library, args, corpus, device))
     settings = {name: getattr(args, name) for name in OWN} | {"text": corpus.digest}
-    checkpoint = common.Checkpoint(args, KIND, settings, learners)
+    checkpoint = Checkpoint(args, KIND, settings, learners)
 
     ours = learners["rnn_ext"].model
     print(f"text     {corpus.source}; a vocabulary of {len(corpus.vocabulary):,}")

@@ -23,6 +23,7 @@ import language
 import plots
 import training
 from common import InputError, positive
+from outputs import Checkpoint, write_atomically
 
 KIND = "rnn_ext music 1"
 QUICK = {"hidden": 64, "batch": 16, "window": 32, "steps": 120, "tunes": 4, "lr": 8e-3}
@@ -86,7 +87,7 @@ def main(arguments):
 
     learners = training.learners(args, build)
     settings = {"window": args.window, "vocabulary": " ".join(vocabulary.tokens)}
-    checkpoint = common.Checkpoint(args, KIND, settings, learners)
+    checkpoint = Checkpoint(args, KIND, settings, learners)
     per_step = args.batch * args.window
     print(f"data     {len(books):,} tunes, {sum(map(len, books)):,} symbols, ", end="")
     print(f"a vocabulary of {len(vocabulary)}")
@@ -101,7 +102,7 @@ def main(arguments):
 
 
 def compose(model, vocabulary, header, args):
-    """Sampled tunes that are well formed, with their scores; prints how many are."""
+    """[(tune, score)] of sampled tunes that are well formed, longest first; prints how many are."""
     prefix, written, full, bars = [corpora.BOS, *vocabulary.encode(header)], [], 0, 0
     for codes in language.sample(
         model, prefix, 600, args.temperature, args.tunes, stop=corpora.EOS
@@ -115,7 +116,7 @@ def compose(model, vocabulary, header, args):
             written.append((tune, score))
     print(f"\nsampled tunes      {len(written)} of {args.tunes} are well formed in every respect")
     print(f"their bars         {full / max(1, bars):.1%} are as long as the meter says")
-    return written
+    return sorted(written, key=lambda pair: -len(pair[0]))
 
 
 def save(written, args):
@@ -124,8 +125,8 @@ def save(written, args):
     texts = ["%abc-2.1\n"]
     texts += [abc.write(tune, n, f"Tune {n}") for n, (tune, _) in enumerate(written, 1)]
     scores = [score for _, score in written]
-    common.write_atomically(files[0], lambda file: file.write("\n".join(texts).encode()))
-    common.write_atomically(files[1], lambda file: file.write(abc.midi(scores)))
+    write_atomically(files[0], lambda file: file.write("\n".join(texts).encode()))
+    write_atomically(files[1], lambda file: file.write(abc.midi(scores)))
     print("\n" + (texts[1] if written else "No tune was well formed: train longer."))
     return files
 
@@ -155,9 +156,9 @@ def draw_tune(axes, tune, score):
     heights = sorted({height for _, _, height in score.notes})
     labels = [f"{names[height % 12]}{height // 12 - 1}" for height in heights]
     axes.set_yticks(heights, labels, fontsize="x-small")
-    full = [float(start / bar) for start, long, _ in score.bars if long == bar]
-    axes.set_xticks(full, range(1, len(full) + 1))
-    axes.set(xlabel="full bars", ylabel="pitch", title=f"A sampled tune: {', '.join(tune[:3])}")
+    starts = [float(start / bar) for start, _, _ in score.bars]
+    axes.set_xticks(starts, range(1, len(starts) + 1))
+    axes.set(xlabel="bars", ylabel="pitch", title=f"A sampled tune: {', '.join(tune[:3])}")
     axes.set_xlim(0, max(float((start + long) / bar) for start, long, _ in score.notes))
     axes.grid(False, axis="x")
 

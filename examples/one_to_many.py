@@ -21,6 +21,7 @@ import torch
 import training
 from common import positive
 from names import LONGEST, read_names
+from outputs import Checkpoint
 from torch import nn
 from training import Score
 
@@ -131,7 +132,7 @@ def main(arguments):
 
     learners = training.learners(args, build)
     settings = {"categories": " ".join(found), "vocabulary": vocabulary}
-    checkpoint = common.Checkpoint(args, KIND, settings, learners)
+    checkpoint = Checkpoint(args, KIND, settings, learners)
     ours = learners["rnn_ext"].model
     sizes = f"{len(train[0]):,} names to train, {len(test[0]):,} to test"
     print(f"data     {len(found)} categories, {sizes}, {len(vocabulary)} different letters")
@@ -167,7 +168,11 @@ def sample_names(model, found, vocabulary, args, number=6):
 def draw(args, learners, categories, share):
     title = f"One to many: {args.cell.upper()}, {args.layers} x {args.hidden} units"
     with plots.figure(args.plot, title, "ab;ac", (11, 5.4), [1.25, 1]) as axes:
-        image = axes["a"].imshow((100 * share).tolist(), cmap="viridis", vmin=0, vmax=100)
+        image = axes["a"].imshow((100 * share).tolist(), cmap="PuBuGn", vmin=0, vmax=100)
+        for row, column in (share >= 0.1).nonzero().tolist():
+            value = share[row, column].item()
+            look = {"color": "white" if value > 0.5 else "black", "fontsize": "x-small"}
+            axes["a"].text(column, row, f"{100 * value:.0f}", ha="center", va="center", **look)
         axes["a"].set(xlabel="what the model takes them for", ylabel="held-out names")
         axes["a"].set(title="Which category makes a held-out name likeliest?")
         places = range(len(categories))

@@ -21,6 +21,7 @@ import plots
 import streaming
 import torch
 from common import InputError, positive
+from outputs import prepare_output
 from torch import nn
 
 import rnn_ext
@@ -116,7 +117,7 @@ def main(arguments):
     args = parser.parse(arguments, "online_rtrl", QUICK)
     if len(set(args.windows)) < 2:
         raise InputError("--windows takes two lengths that differ")
-    common.prepare_output(args.plot)
+    prepare_output(args.plot)
     x, y, delays = make_stream(args)
     learners = {f"RTRL, {mode}": ForwardInTime(args, mode) for mode in ("exact", "snap1")}
     learners |= {f"truncated, {k} steps": Truncated(args, k) for k in sorted(args.windows)}

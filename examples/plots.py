@@ -6,7 +6,8 @@ from statistics import median
 
 import distributed
 import torch
-from common import write_atomically
+from outputs import write_atomically
+from training import time_ratio
 
 COLORS = {"rnn_ext": "#0b5d66", "torch.nn": "#f4a340"}
 ACCENT, MUTED = "#7a2e5d", "#8a8a8a"
@@ -129,10 +130,9 @@ def step_times(axes, learners):
     for name, values in times.items():
         label = f"{name}, median {median(values):.1f} ms"
         axes.hist(values, bins, color=COLORS[name], alpha=0.8, label=label)
-    axes.set(
-        title="Time of a training step",
-        xlabel="milliseconds (without the slowest)",
-        ylabel="steps",
-    )
+    ratio = time_ratio(learners)
+    compared = f": {ratio:.2f} times as fast" if ratio else ""
+    axes.set(title=f"Time of a training step{compared}", ylabel="steps")
+    axes.set_xlabel("milliseconds (without the slowest)")
     axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
     axes.legend(loc="upper right")

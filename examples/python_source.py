@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import keyword
 import random
 import sysconfig
@@ -12,7 +13,7 @@ import torch
 from common import InputError
 
 CLASSES = ["blank", "keyword", "name", "number", "string", "comment", "operator"]
-COLORS = ["#000000", "#7a2e5d", "#1f1f1f", "#4a6fa5", "#5b8c5a", "#8a8a8a", "#c8553d"]
+COLORS = ["#000000", "#a2437d", "#1f1f1f", "#4a7fc0", "#4f9450", "#8a8a8a", "#c8553d"]
 CODES = 128  # of the alphabet: ASCII; 127 stands for all other characters
 
 
@@ -96,16 +97,16 @@ def colored(source, tags):
     return text + "\x1b[0m"
 
 
-def excerpt(source, lines=16, width=88):
-    """The lines of a program that show the most kinds of things."""
-    text = source.splitlines(keepends=True)
-    wanted = range(len(text) - lines) if len(text) > lines else [0]
-    chosen = max(wanted, key=lambda start: interest(text[start : start + lines], width))
-    return "".join(text[chosen : chosen + lines])
+def excerpt(source, tags, lines=16, width=88):
+    """(place in source, text) of the lines that show the most classes and the most of a program."""
+    text = list(io.StringIO(source))
+    starts = [0, *itertools.accumulate(map(len, text))]
 
+    def interest(first):
+        found = tags[starts[first] : starts[min(first + lines, len(text))]]
+        classes = sum(found.count(tag) > 2 for tag in range(1, len(CLASSES)))
+        fits = all(len(line) <= width for line in text[first : first + lines])
+        return fits, classes, len(found) - found.count(0)
 
-def interest(lines, width):
-    """How many kinds of things some lines show; none where one is longer than width."""
-    text = "".join(lines)
-    kinds = ["#", '"', "'", "def ", "return ", " = ", "0", "1", "for ", "if "]
-    return sum(kind in text for kind in kinds) * all(len(line) <= width for line in lines)
+    first = max(range(max(1, len(text) - lines + 1)), key=interest)
+    return starts[first], "".join(text[first : first + lines])

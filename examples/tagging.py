@@ -18,6 +18,7 @@ import plots
 import torch
 import training
 from common import InputError, positive
+from outputs import Checkpoint
 from python_source import CLASSES, CODES, COLORS, Windows, colored, encode, excerpt, programs
 from torch import nn
 from training import Score
@@ -104,7 +105,7 @@ def main(arguments):
 
     learners = training.learners(args, build)
     settings = {"window": args.window, "files": args.files}
-    checkpoint = common.Checkpoint(args, KIND, settings, learners)
+    checkpoint = Checkpoint(args, KIND, settings, learners)
     ours = learners["rnn_ext"]
     print(f"data     {len(texts)} programs, {len(windows.text):,} characters to train on")
     print(f"model    {training.describe(args, ours.model)}, both directions")
@@ -114,7 +115,7 @@ def main(arguments):
     print("\nF1 per class  " + "".join(f"{name:>10}" for name in CLASSES))
     for name, learner in learners.items():
         print(f"{name:14}" + "".join(f"{value:10.4f}" for value in learner.f1().tolist()))
-    sample = mine or excerpt(texts[cut][0])
+    sample = mine or excerpt(*texts[cut][:2])[1]
     print("\n" + colored(sample, tagged(ours.model, sample, device)))
     draw(args, learners, texts[cut], device)
     training.summary(learners, args)
@@ -142,8 +143,7 @@ def draw_f1(axes, learners):
 def draw_program(axes, model, text, device):
     """Lines of a held-out program in the colors of the classes found; wrong ones are underlined."""
     source, truth, _ = text
-    sample = excerpt(source)
-    begin = source.index(sample)
+    begin, sample = excerpt(source, truth)
     found = tagged(model, source, device)[begin : begin + len(sample)]
     truth = truth[begin : begin + len(sample)]
     row = column = 0

@@ -6,9 +6,9 @@
 
 Asynchronous, sequence to sequence (Sutskever et al. 2014): a bidirectional layer turns the letters
 into one state, from which another layer writes phonemes until it writes <eos>. It is trained by
-teacher forcing: the input of a step is the right phoneme of the step before. From the middle of
-the first pass over the words on, scheduled sampling (Bengio et al. 2015) gives it its own guess
-instead, with a probability that rises to --sampling, as it will have to live with its guesses.
+teacher forcing: the input of a step is the right phoneme of the step before. Over the second half
+of the training, scheduled sampling (Bengio et al. 2015) gives it its own guess instead, with a
+probability that rises to --sampling, as it will have to live with its guesses.
 
 Phoneme error rate: edit distance between what is written and the nearest pronunciation in the
 dictionary, over the length of that, for words never trained on. Word error rate: words with any
@@ -24,6 +24,7 @@ import plots
 import torch
 import training
 from common import InputError, positive
+from outputs import Checkpoint
 from pronunciation import BOS, EOS, LETTERS, LONGEST, PAD, Dictionary, error_rates, is_word, spell
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -85,7 +86,7 @@ class SpellerLearner(training.Learner):
     SCORES = (Score("held-out phoneme error rate (%)", ".2f"),)
 
     def __init__(self, model, args, train, test):
-        super().__init__(model, args)
+        super().__init__(model, args, training.falling_rate(args))
         self.args, self.train, self.test = args, train, test
         self.batches = common.Batches(train[0].size(1), args.batch, args.seed)
 
@@ -95,9 +96,8 @@ class SpellerLearner(training.Learner):
         target = target[: (target != PAD).any(1).sum()]
         inputs = torch.cat([torch.full_like(target[:1], BOS), target[:-1]])
         state = self.model.encode(letters)
-        later = 2 * step / self.batches.per_epoch - 1  # from the middle of the first pass on
-        if later > 0 and self.args.sampling:
-            probability = self.args.sampling * min(1.0, later)
+        probability = self.args.sampling * (2 * step / self.args.steps - 1)
+        if probability > 0:
             logits, _ = self.model.decode_sampling(inputs, state, probability)
         else:
             logits, _ = self.model.decode(inputs, state)
@@ -134,14 +134,14 @@ def main(arguments):
     held_out, words = dictionary.split(args.test_words)
     train = spell(words, device), dictionary.targets(words, device)
     test = spell(held_out, device), [dictionary.numbers(word) for word in held_out]
-    args.steps = training.number_of_steps(args, len(words) / args.batch, default_epochs=0.8)
+    args.steps = training.number_of_steps(args, len(words) / args.batch, default_epochs=0.6)
 
     def build(library):
         model = Speller(library, args, dictionary.outputs).to(device)
         return SpellerLearner(model, args, train, test)
 
     learners = training.learners(args, build)
-    checkpoint = common.Checkpoint(args, KIND, {"sampling": args.sampling}, learners)
+    checkpoint = Checkpoint(args, KIND, {"sampling": args.sampling}, learners)
     ours = learners["rnn_ext"].model
     print(f"data     the CMU dictionary: {len(words):,} words to train, {len(held_out):,} to test")
     print(f"model    {training.describe(args, ours)}\n", flush=True)

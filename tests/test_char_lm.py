@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ TINY = ["--hidden", "12", "--batch", "4", "--window", "16", "--steps", "40", "--
 
 @pytest.fixture
 def example(examples):
-    """The modules char_lm and common."""
+    """The modules char_lm and outputs."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
-    return importlib.import_module("char_lm"), importlib.import_module("common")
+    return importlib.import_module("char_lm"), importlib.import_module("outputs")
 
 
 @pytest.fixture
@@ -100,10 +101,15 @@ def test_held_out_loss_is_that_of_the_whole_held_out_text(example):
     model = language.LanguageModel(torch.nn.GRU, 7, 5, 1)
     streams = torch.randint(7, (34, 3))
     windows = corpora.Sequential(streams, 10, whole=True)
-    learner = language.LanguageLearner(model, None, 1.0, None, windows)
+    args = SimpleNamespace(lr=0.1, clip=1.0)
+    learner = language.LanguageLearner(model, args, None, windows, "token")
     with torch.no_grad():
         whole = language.cross_entropy(model(streams[:-1])[0], streams[1:]).item()
         assert abs(learner.evaluate() - whole) <= 1e-5
+
+
+def table_in(out):
+    return re.search(r"^training loss.*^speed [^\n]*", out, re.MULTILINE | re.DOTALL)[0]
 
 
 def sample_in(out):
@@ -118,10 +124,11 @@ def test_resumed_training_equals_an_uninterrupted_one(run):
     whole, parts = load("whole.pt"), load("parts.pt")
     for learner in [*whole["learners"].values(), *parts["learners"].values()]:
         learner["held_out"] = learner["held_out"][-1]  # they were evaluated at other steps too
+        assert len(learner["seconds"]) == 40 and min(learner.pop("seconds")) > 0
     assert_equal(whole, parts)
     again = run("--checkpoint", "parts.pt", "--resume")[1]
     assert sample_in(again) == sample_in(out)
-    assert "times as fast" not in again  # nothing was trained, nothing was timed
+    assert table_in(again) == table_in(out)  # also the times, which are those of all steps
 
 
 def test_without_comparison(run):
@@ -268,7 +275,7 @@ def test_exploding_loss_stops_without_saving(run, tmp_path):
 
 
 def test_failing_write_leaves_the_old_file(example, tmp_path):
-    _, common = example
+    _, outputs = example
     path = tmp_path / "model.pt"
     path.write_bytes(b"old")
 
@@ -276,6 +283,6 @@ def test_failing_write_leaves_the_old_file(example, tmp_path):
         file.write(b"new")
         raise OSError("no space left")
 
-    with pytest.raises(common.InputError, match="no space left"):
-        common.write_atomically(path, write)
+    with pytest.raises(outputs.InputError, match="no space left"):
+        outputs.write_atomically(path, write)
     assert files(tmp_path) == {path: b"old"}

@@ -281,3 +281,15 @@ def test_a_table_row_of_several_seeds(examples):
     cells = "98.00 % (97.00 to 99.00) | 96.50 % (96.00 to 97.00)"
     assert row == f"| digits | test accuracy | {cells} | yes |"
     assert tool["headline"]("summary  copy_task: bits copied: full BPTT 8; wrote a.png") is None
+
+
+def test_an_excerpt_shows_every_class_that_a_program_has():
+    python_source = part("python_source")
+    plain = "".join(f"name{n} = name{n + 1}\n" for n in range(30))
+    rich = '# what\ndef function(a):\n    return a + 1000 * "text"\n'
+    wide = f"x = {list(range(100))}  # what\n"
+    source = plain + rich + wide + plain
+    begin, text = python_source.excerpt(source, python_source.labels(source)[0], lines=4)
+    assert rich in text and source[begin:].startswith(text) and text.count("\n") == 4
+    short = "a = 1\n"
+    assert python_source.excerpt(short, python_source.labels(short)[0]) == (0, short)
