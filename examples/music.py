@@ -102,7 +102,7 @@ def main(arguments):
 
 
 def compose(model, vocabulary, header, args):
-    """[(tune, score)] of sampled tunes that are well formed, longest first; prints how many are."""
+    """[(tune, score)] of sampled tunes that are well formed, those of about 16 bars first."""
     prefix, written, full, bars = [corpora.BOS, *vocabulary.encode(header)], [], 0, 0
     for codes in language.sample(
         model, prefix, 600, args.temperature, args.tunes, stop=corpora.EOS
@@ -116,7 +116,7 @@ def compose(model, vocabulary, header, args):
             written.append((tune, score))
     print(f"\nsampled tunes      {len(written)} of {args.tunes} are well formed in every respect")
     print(f"their bars         {full / max(1, bars):.1%} are as long as the meter says")
-    return sorted(written, key=lambda pair: -len(pair[0]))
+    return sorted(written, key=lambda pair: abs(len(pair[1].bars) - 16))
 
 
 def save(written, args):
@@ -156,7 +156,7 @@ def draw_tune(axes, tune, score):
     heights = sorted({height for _, _, height in score.notes})
     labels = [f"{names[height % 12]}{height // 12 - 1}" for height in heights]
     axes.set_yticks(heights, labels, fontsize="x-small")
-    starts = [float(start / bar) for start, _, _ in score.bars]
+    starts = [float(start / bar) for start, long, _ in score.bars if 2 * long > bar]
     axes.set_xticks(starts, range(1, len(starts) + 1))
     axes.set(xlabel="bars", ylabel="pitch", title=f"A sampled tune: {', '.join(tune[:3])}")
     axes.set_xlim(0, max(float((start + long) / bar) for start, long, _ in score.notes))

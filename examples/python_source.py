@@ -97,16 +97,19 @@ def colored(source, tags):
     return text + "\x1b[0m"
 
 
-def excerpt(source, tags, lines=16, width=88):
-    """(place in source, text) of the lines that show the most classes and the most of a program."""
-    text = list(io.StringIO(source))
-    starts = [0, *itertools.accumulate(map(len, text))]
-
-    def interest(first):
-        found = tags[starts[first] : starts[min(first + lines, len(text))]]
-        classes = sum(found.count(tag) > 2 for tag in range(1, len(CLASSES)))
-        fits = all(len(line) <= width for line in text[first : first + lines])
-        return fits, classes, len(found) - found.count(0)
-
-    first = max(range(max(1, len(text) - lines + 1)), key=interest)
-    return starts[first], "".join(text[first : first + lines])
+def excerpt(texts, lines=16, width=88):
+    """(source, its labels, slice of both): lines that show a bit of each class, and much code."""
+    found = []
+    for number, (source, tags, _) in enumerate(texts):
+        text = list(io.StringIO(source))
+        starts = [0, *itertools.accumulate(map(len, text))]
+        for first in range(max(1, len(text) - lines + 1)):
+            if max(map(len, text[first : first + lines])) <= width:
+                begin, end = starts[first], starts[min(first + lines, len(text))]
+                counts = [tags[begin:end].count(tag) for tag in range(len(CLASSES))]
+                rarest, code = min(3, *counts[1:]), sum(counts[1:]) - counts[4] - counts[5]
+                found.append((rarest, code, number, begin, end))
+    if not found:
+        return *texts[0][:2], slice(0, lines * width)
+    *_, number, begin, end = max(found)
+    return *texts[number][:2], slice(begin, end)

@@ -115,18 +115,20 @@ def main(arguments):
     print("\nF1 per class  " + "".join(f"{name:>10}" for name in CLASSES))
     for name, learner in learners.items():
         print(f"{name:14}" + "".join(f"{value:10.4f}" for value in learner.f1().tolist()))
-    sample = mine or excerpt(*texts[cut][:2])[1]
+    source, truth, part = excerpt(texts[cut:])
+    sample = mine or source[part]
     print("\n" + colored(sample, tagged(ours.model, sample, device)))
-    draw(args, learners, texts[cut], device)
+    found = tagged(ours.model, source, device)
+    draw(args, learners, list(zip(source, found, truth, strict=True))[part])
     training.summary(learners, args)
 
 
-def draw(args, learners, text, device):
+def draw(args, learners, program):
     title = "Tagging the characters of Python programs, reading in both directions"
     with plots.figure(args.plot, title, "lb;pp", (12, 8), height_ratios=[1, 1.25]) as axes:
         plots.losses(axes["l"], learners, "cross-entropy (nats per character)", log=True)
         draw_f1(axes["b"], learners)
-        draw_program(axes["p"], learners["rnn_ext"].model, text, device)
+        draw_program(axes["p"], program)
 
 
 def draw_f1(axes, learners):
@@ -140,14 +142,10 @@ def draw_f1(axes, learners):
     axes.legend()
 
 
-def draw_program(axes, model, text, device):
+def draw_program(axes, program):
     """Lines of a held-out program in the colors of the classes found; wrong ones are underlined."""
-    source, truth, _ = text
-    begin, sample = excerpt(source, truth)
-    found = tagged(model, source, device)[begin : begin + len(sample)]
-    truth = truth[begin : begin + len(sample)]
     row = column = 0
-    for character, tag, right in zip(sample, found, truth, strict=True):
+    for character, tag, right in program:
         if character == "\n":
             row, column = row + 1, 0
             continue

@@ -146,7 +146,7 @@ def train(learners, args, per_step, save, unit="token"):
     from tqdm import tqdm
 
     runs = list(learners.values())
-    step, evaluate_every = len(runs[0].losses), max(1, args.steps // 8)
+    step, evaluate_every = len(runs[0].losses), -(-args.steps // 8)
     bar = tqdm(total=args.steps, initial=step, bar_format=BAR, disable=distributed.rank() > 0)
     with CtrlC() as ctrl_c, bar:
         done = step >= args.steps

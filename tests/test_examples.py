@@ -150,7 +150,7 @@ def checks_of_a_training(name, run_example, options, checkpoint, out):
         assert quarter and sum(losses[-quarter:]) < 0.95 * sum(losses[:quarter])
     code, again, err = run_example(name, *options, "--resume", "--checkpoint", checkpoint)
     assert code == 0, err
-    table = re.search(r"^training loss, .*^speed [^\n]*$", out, re.MULTILINE | re.DOTALL)[0]
+    table = re.search(r"^training loss, .*?^speed [^\n]*$", out, re.MULTILINE | re.DOTALL)[0]
     assert table in again  # the times too: those of the steps, whenever they were trained
 
 

@@ -289,7 +289,9 @@ def test_an_excerpt_shows_every_class_that_a_program_has():
     rich = '# what\ndef function(a):\n    return a + 1000 * "text"\n'
     wide = f"x = {list(range(100))}  # what\n"
     source = plain + rich + wide + plain
-    begin, text = python_source.excerpt(source, python_source.labels(source)[0], lines=4)
-    assert rich in text and source[begin:].startswith(text) and text.count("\n") == 4
-    short = "a = 1\n"
-    assert python_source.excerpt(short, python_source.labels(short)[0]) == (0, short)
+    texts = [(text, *python_source.labels(text)) for text in (plain, source, wide, "a = 1\n")]
+    chosen, tags, place = python_source.excerpt(texts, lines=4)
+    assert rich in chosen[place] and chosen[place].count("\n") == 4
+    assert (chosen, tags) == texts[1][:2]
+    assert python_source.excerpt(texts[3:]) == (*texts[3][:2], slice(0, 6))
+    assert python_source.excerpt(texts[2:3])[2].start == 0  # nothing is narrow enough
