@@ -35,12 +35,13 @@ QUICK = {"hidden": 64, "batch": 16, "window": 32, "steps": 200, "length": 150}
 
 
 def parse(arguments):
-    parser = common.Parser(__doc__, hidden=256, batch=32)
-    parser.add_argument("--window", type=positive(int), default=64, help="characters in a step")
-    parser.add_argument("--text", type=Path, help="a UTF-8 file; default: Python's language help")
-    parser.add_argument("--prefix", help="what the sample continues")
-    parser.add_argument("--length", type=positive(int), default=500, help="characters to sample")
-    parser.add_argument("--temperature", type=positive(float, or_zero=True), default=0.6)
+    parser = common.Parser(__doc__, hidden=256, batch=32, epochs=5)
+    add, real = parser.add_argument, positive(float, or_zero=True)
+    add("--window", type=positive(int), default=64, help="characters in a step")
+    add("--text", type=Path, help="a UTF-8 file; default: Python's language help")
+    add("--prefix", help="what the sample continues")
+    add("--length", type=positive(int), default=500, help="characters to sample")
+    add("--temperature", type=real, default=0.6, help="of the sample; 0: always the likeliest")
     return parser.parse(arguments, "char_lm", QUICK)
 
 
@@ -68,7 +69,7 @@ def run(args, device):
     windows = corpora.Sequential(streams, args.window)
     held_out = corpora.cut_into_streams(codes[cut:], min(args.batch, (len(codes) - cut) // 2))
     held_out_windows = corpora.Sequential(held_out, args.window, whole=True)
-    args.steps = training.number_of_steps(args, len(windows), default_epochs=5)
+    args.steps = training.number_of_steps(args, len(windows))
 
     def build(library):
         layer_class = training.layer_class(library, args)

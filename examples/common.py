@@ -65,24 +65,37 @@ def exit_code(main, arguments):
     return 0
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, options with their defaults."""
+
+    def _get_help_string(self, action):
+        shown = action.default is not None and action.nargs != 0 and "default" not in action.help
+        return action.help + " (default: %(default)s)" * shown
+
+    def _get_default_metavar_for_optional(self, action):
+        return {Path: "FILE", None: "TEXT"}.get(action.type, "N")
+
+
 class Parser(argparse.ArgumentParser):
     """The options that every training example has; its errors are InputErrors."""
 
-    def __init__(self, description, hidden, batch, cell="lstm", cells=CELLS, lr=3e-3):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter)
+    def __init__(self, description, hidden, batch, epochs, cell="lstm", cells=CELLS, lr=3e-3):
+        super().__init__(description=description, formatter_class=Help)
+        self.epochs = epochs
         add, whole, real = self.add_argument, positive(int), positive(float)
-        add("--cell", choices=cells, default=cell)
-        add("--layers", type=whole, default=1)
+        about = "of the recurrent layer" if len(cells) > 1 else argparse.SUPPRESS
+        add("--cell", choices=cells, default=cell, help=about)
+        add("--layers", type=whole, default=1, help="on top of each other")
         add("--hidden", type=whole, default=hidden, help="units in a layer")
         add("--batch", type=whole, default=batch, help="sequences trained side by side")
         duration = self.add_mutually_exclusive_group()
-        duration.add_argument("--epochs", type=real, help="passes over the training data")
+        passes = f"passes over the data (default: {epochs})" if epochs else argparse.SUPPRESS
+        duration.add_argument("--epochs", type=real, help=passes)
         duration.add_argument("--steps", type=whole, help="training steps, instead of --epochs")
         add("--lr", type=real, default=lr, help="learning rate")
         add("--clip", type=real, default=1.0, help="largest norm of the gradient")
-        add("--seed", type=seed, default=0)
-        add("--device", default="cpu")
+        add("--seed", type=seed, default=0, help="of all random numbers")
+        add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ...")
         add("--checkpoint", type=Path, help="default: runs/EXAMPLE/CELL.pt")
         add("--plot", type=Path, help="default: runs/EXAMPLE/CELL.png")
         add("--resume", action="store_true", help="go on from the checkpoint")
@@ -98,7 +111,7 @@ class Parser(argparse.ArgumentParser):
             self.set_defaults(**quick)
         args = self.parse_args(arguments)
         require("tqdm", "matplotlib")
-        args.example = example
+        args.example, args.default_epochs = example, self.epochs
         outputs = f"runs/{example}/{args.cell}{variant(args)}{'-quick' * args.quick}"
         args.checkpoint = args.checkpoint or Path(outputs + ".pt")
         args.plot = args.plot or Path(outputs + ".png")

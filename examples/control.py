@@ -149,7 +149,7 @@ def estimate_advantages(value, last, rewards, fallen, over):
 
 
 def main(arguments):
-    parser = common.Parser(__doc__, hidden=32, batch=16, cell="gru")
+    parser = common.Parser(__doc__, hidden=32, batch=16, epochs=None, cell="gru")
     parser.add_argument("--window", type=positive(int), default=128, help="steps of a window")
     parser.add_argument("--long", action="store_true", help=f"{LONG_STEPS} windows, not {STEPS}")
     args = parser.parse(arguments, "control", QUICK)

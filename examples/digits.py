@@ -89,10 +89,12 @@ class DigitLearner(training.Learner):
 
 
 def parse(arguments):
-    parser = common.Parser(__doc__, hidden=96, batch=64, lr=4e-3, cells=[*common.CELLS, "irnn"])
-    parser.add_argument("--order", choices=ORDERS, default="rows")
-    parser.add_argument("--pooling", choices=POOLINGS, default="last")
-    parser.add_argument("--no-variants", dest="variants", action="store_false")
+    cells = *common.CELLS, "irnn"
+    parser = common.Parser(__doc__, hidden=96, batch=64, epochs=40, lr=4e-3, cells=cells)
+    add, alone = parser.add_argument, "train the main model only"
+    add("--order", choices=ORDERS, default="rows", help="8 steps of a row, or 64 of a pixel")
+    add("--pooling", choices=POOLINGS, default="last", help="the state that is classified")
+    add("--no-variants", dest="variants", action="store_false", help=alone)
     return parser.parse(arguments, "digits", QUICK, lambda args: f"-{args.order}-{args.pooling}")
 
 
@@ -102,7 +104,7 @@ def main(arguments):
     device = common.usable_device(args.device)
     data = images(device)
     batches = common.Batches(len(data[0]), args.batch, args.seed)
-    args.steps = training.number_of_steps(args, batches.per_epoch, default_epochs=40)
+    args.steps = training.number_of_steps(args, batches.per_epoch)
 
     def build(library, cell, order, pooling):
         torch.manual_seed(args.seed)

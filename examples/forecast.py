@@ -83,7 +83,7 @@ class ForecastLearner(training.Learner):
 
 
 def parse(arguments):
-    parser = common.Parser(__doc__, hidden=64, batch=32, lr=5e-3)
+    parser = common.Parser(__doc__, hidden=64, batch=32, epochs=2, lr=5e-3)
     parser.add_argument("--window", type=positive(int), default=240, help="days that are read")
     parser.add_argument("--horizon", type=positive(int), default=30, help="days to forecast")
     args = parser.parse(arguments, "forecast", QUICK)
@@ -99,7 +99,7 @@ def main(arguments):
     series, cut = read_series()
     series = series.to(device)
     step = (series[1:cut].diff().std() / series[:cut].std()).item()
-    args.steps = training.number_of_steps(args, (cut - args.window) / args.batch, default_epochs=2)
+    args.steps = training.number_of_steps(args, (cut - args.window) / args.batch)
 
     def build(library):
         model = Forecaster(training.layer_class(library, args), args, step).to(device)

@@ -78,7 +78,7 @@ class FamilyLearner(training.Learner):
 
 
 def main(arguments):
-    parser = common.Parser(__doc__, hidden=64, batch=32, cell="all", cells=("all",))
+    parser = common.Parser(__doc__, hidden=64, batch=32, epochs=25, cell="all", cells=("all",))
     parser.add_argument("--gain", type=positive(float), default=1.2, help="1: a plain IRNN")
     parser.add_argument("--grad-clip", type=positive(float), default=1.0, help="norm of dL/dh_t")
     parser.add_argument("--depth", type=positive(int), default=8, help="layers")
@@ -90,7 +90,7 @@ def main(arguments):
         raise InputError("--depth takes 2 layers or more: between them lie the links")
     device = common.usable_device(args.device)
     data = digits.images(device)
-    args.steps = training.number_of_steps(args, len(data[0]) / args.batch, default_epochs=25)
+    args.steps = training.number_of_steps(args, len(data[0]) / args.batch)
 
     steps = data[1][:PROBE].reshape(-1, 64, 1).transpose(0, 1)
     labels = data[3][:PROBE]

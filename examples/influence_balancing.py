@@ -121,9 +121,9 @@ def draw(args, histories):
 
 def main(arguments):
     parser = streaming.Parser(__doc__, steps=30000)
-    parser.add_argument("--rate", type=positive(float), default=3e-5, help="of gradient descent")
-    windows = [1, 10, 100, 400]
-    parser.add_argument("--windows", type=positive(int), nargs="+", default=windows, metavar="K")
+    add, windows = parser.add_argument, [1, 10, 100, 400]
+    add("--rate", type=positive(float), default=3e-5, help="of gradient descent")
+    add("--windows", type=positive(int), nargs="+", default=windows, help="lengths, in steps")
     args = parser.parse(arguments, "influence_balancing", QUICK)
     prepare_output(args.plot)
     torch.manual_seed(args.seed)  # nothing is random here

@@ -44,22 +44,25 @@ def variant(args):
 
 
 def parse(arguments):
-    parser = common.Parser(__doc__, hidden=256, batch=32, lr=None)
-    add, whole = parser.add_argument, positive(int)
-    add("--tokens", choices=["char", "word"], default="char")
+    parser = common.Parser(__doc__, hidden=256, batch=32, epochs=4, lr=None)
+    add, whole, real = parser.add_argument, positive(int), positive(float, or_zero=True)
+    add("--tokens", choices=["char", "word"], default="char", help="that the text is cut into")
     add("--reber", action="store_true", help="read strings of the embedded Reber grammar")
     add("--text", type=Path, help="a UTF-8 file; default: Python's language help")
     add("--min-count", type=whole, default=2, help="rarer tokens become <unk>")
     add("--vocabulary", type=whole, help="keep the most frequent tokens only, this many")
-    add("--sampling", choices=["sequential", "random"], default="sequential")
+    kinds = ["sequential", "random"]
+    add("--sampling", choices=kinds, default=kinds[0], help="windows in order, or anywhere")
     add("--window", type=whole, default=64, help="tokens in a window")
     add("--untied", action="store_true", help="the readout has weights of its own")
-    add("--dropout", type=positive(float, or_zero=True), default=0.0)
-    add("--dropout-kind", choices=["element", "locked", "token"], default="locked")
-    add("--optimizer", choices=list(RATES), default="adam")
+    add("--dropout", type=real, default=0.0, help="share of the units that a step leaves out")
+    kinds = ["element", "locked", "token"]
+    help = "any units, the same at all steps of a window, or whole tokens"
+    add("--dropout-kind", choices=kinds, default="locked", help=help)
+    add("--optimizer", choices=list(RATES), default="adam", help="--lr is 4e-3 or 4 by default")
     add("--prefix", help="what the sample continues")
     add("--length", type=whole, default=400, help="tokens to sample, at most")
-    add("--temperature", type=positive(float, or_zero=True), default=0.7)
+    add("--temperature", type=real, default=0.7, help="of the samples; 0: always the likeliest")
     add("--top-k", type=whole, help="sample among the likeliest k tokens only")
     args = parser.parse(arguments, "language_model", QUICK, variant)
     args.lr = args.lr or RATES[args.optimizer]
@@ -158,7 +161,7 @@ def run(args, device):
     if args.batch % distributed.count():
         raise InputError(f"--batch {args.batch} is no multiple of {distributed.count()} processes")
     corpus = Corpus(args, device)
-    args.steps = training.number_of_steps(args, len(corpus.windows), default_epochs=4)
+    args.steps = training.number_of_steps(args, len(corpus.windows))
     learners = training.learners(args, lambda library: build(library, args, corpus, device))
     settings = {name: getattr(args, name) for name in OWN} | {"text": corpus.digest}
     checkpoint = Checkpoint(args, KIND, settings, learners)

@@ -47,13 +47,14 @@ def tunes():
 
 
 def parse(arguments):
-    parser = common.Parser(__doc__, hidden=192, batch=32, lr=5e-3)
+    parser = common.Parser(__doc__, hidden=192, batch=32, epochs=5, lr=5e-3)
     add = parser.add_argument
     add("--window", type=positive(int), default=64, help="symbols in a window")
     add("--tunes", type=positive(int), default=20, help="tunes to write")
     add("--meter", default="6/8", help="of the new tunes: 6/8, 4/4, C|, ...")
     add("--key", default="G", help="of the new tunes: G, D, Em, Ador, ...")
-    add("--temperature", type=positive(float, or_zero=True), default=0.5)
+    real = positive(float, or_zero=True)
+    add("--temperature", type=real, default=0.5, help="of the tunes; 0: always the likeliest")
     return parser.parse(arguments, "music", QUICK)
 
 
@@ -77,7 +78,7 @@ def main(arguments):
     train, held_out = windows(books[:cut]), windows(books[cut:], whole=True)
     if len(train) == 0 or len(held_out) == 0:
         raise InputError("the books are too short for that; lower --batch and --window")
-    args.steps = training.number_of_steps(args, len(train), default_epochs=5)
+    args.steps = training.number_of_steps(args, len(train))
 
     def build(library):
         layer_class = training.layer_class(library, args)

@@ -109,9 +109,10 @@ def numbers(found, vocabulary, device):
 
 
 def parse(arguments):
-    parser = common.Parser(__doc__, hidden=128, batch=64)
-    parser.add_argument("--names", type=Path, help='lines "category, tab, name"; default: faker')
-    parser.add_argument("--temperature", type=positive(float), default=0.7)
+    parser = common.Parser(__doc__, hidden=128, batch=64, epochs=10)
+    add = parser.add_argument
+    add("--names", type=Path, help='lines "category, tab, name"; default: faker')
+    add("--temperature", type=positive(float), default=0.7, help="of the names that it writes")
     return parser.parse(arguments, "one_to_many", QUICK)
 
 
@@ -123,7 +124,7 @@ def main(arguments):
     held_out = {category: names[: len(names) // 8] for category, names in found.items()}
     known = {category: names[len(names) // 8 :] for category, names in found.items()}
     train, test = (numbers(part, vocabulary, device) for part in (known, held_out))
-    args.steps = training.number_of_steps(args, len(train[0]) / args.batch, default_epochs=10)
+    args.steps = training.number_of_steps(args, len(train[0]) / args.batch)
 
     def build(library):
         layer_class = training.layer_class(library, args)

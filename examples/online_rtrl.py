@@ -108,7 +108,7 @@ def draw(args, learners, delays):
 def main(arguments):
     parser = streaming.Parser(__doc__, steps=12000)
     add, whole = parser.add_argument, positive(int)
-    add("--cell", choices=("rnn", "gru", "lstm"), default="gru")
+    add("--cell", choices=common.CELLS, default="gru", help="of the recurrent layer")
     add("--hidden", type=whole, default=32, help="units")
     add("--batch", type=whole, default=4, help="streams side by side")
     add("--delays", type=whole, nargs="+", default=[2, 8, 5], help="one after the other")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from common import InputError, positive, require, seed
+from common import Help, InputError, positive, require, seed
 
 BAR = "{desc:24} {percentage:3.0f}% |{bar:20}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
 COLORS = ["#0b5d66", "#5b8c5a", "#f4a340", "#c8553d", "#7a2e5d", "#4a6fa5"]
@@ -13,10 +13,9 @@ class Parser(argparse.ArgumentParser):
     """--steps, --seed, --plot and --quick; its errors are InputErrors."""
 
     def __init__(self, description, steps):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter)
+        super().__init__(description=description, formatter_class=Help)
         self.add_argument("--steps", type=positive(int), default=steps, help="of the stream")
-        self.add_argument("--seed", type=seed, default=0)
+        self.add_argument("--seed", type=seed, default=0, help="of all random numbers")
         self.add_argument("--plot", type=Path, help="default: runs/EXAMPLE.png")
         self.add_argument("--quick", action="store_true", help="a few seconds")
 

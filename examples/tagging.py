@@ -77,7 +77,7 @@ def tagged(model, source, device):
 
 
 def parse(arguments):
-    parser = common.Parser(__doc__, hidden=96, batch=32, lr=6e-3)
+    parser = common.Parser(__doc__, hidden=96, batch=32, epochs=1, lr=6e-3)
     parser.add_argument("--window", type=positive(int), default=160, help="characters of one")
     parser.add_argument("--files", type=positive(int), default=80, help="programs to read")
     parser.add_argument("--color", type=Path, help="a file to show in colors at the end")
@@ -97,7 +97,7 @@ def main(arguments):
     held_out = Windows(texts[cut:], 2 * args.window, device)
     if not (windows.starts.numel() and held_out.starts.numel()):
         raise InputError("no program is as long as two windows; lower --window")
-    args.steps = training.number_of_steps(args, 300, default_epochs=1)
+    args.steps = training.number_of_steps(args, 300)
 
     def build(library):
         model = Tagger(training.layer_class(library, args), args.hidden, args.layers)

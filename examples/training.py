@@ -117,10 +117,11 @@ def layer_class(library, args):
     return getattr(library, args.cell.upper())
 
 
-def number_of_steps(args, per_epoch, default_epochs):
+def number_of_steps(args, per_epoch):
+    """What --steps or --epochs says; per_epoch: the steps of one pass over the data."""
     if args.epochs is None and args.steps is not None:
         return args.steps
-    return max(1, round((args.epochs or default_epochs) * per_epoch))
+    return max(1, round((args.epochs or args.default_epochs) * per_epoch))
 
 
 def falling_rate(args):

