@@ -88,6 +88,13 @@ RNN_EXT_DEVICE R held(const Hold& hold, int64_t at) {
   return hold.units ? static_cast<R>(hold.units[at]) : static_cast<R>(hold.share);
 }
 
+// What a step leaves of a state that was `before`.
+template <class R>
+RNN_EXT_DEVICE R mixed(const Hold& hold, int64_t at, R before, R made) {
+  const R z = held<R>(hold, at);
+  return z * before + (1 - z) * made;
+}
+
 // Calls f(S{}) for the type that `storage` names.
 template <class Function>
 void with_storage(Storage storage, const Function& f) {

@@ -5,13 +5,6 @@
 namespace rnn_ext::cuda {
 namespace {
 
-// What a step leaves of a state that was `before`.
-template <class R>
-RNN_EXT_DEVICE R mixed(const Hold& hold, int64_t at, R before, R made) {
-  const R z = held<R>(hold, at);
-  return z * before + (1 - z) * made;
-}
-
 // One row and unit of a step.
 template <class S>
 struct Forward {

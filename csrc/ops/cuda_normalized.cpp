@@ -61,9 +61,7 @@ struct Records {
 class Layer {
  public:
   Layer(const Call& call, const LayerInputs& in, const ExtraTensors& extras)
-      : scope(in.input),
-        l(call, in, {}, resets_of(call, in)),
-        normalized(extras[0].has_value()) {
+      : scope(in.input), l(call, in, {}, resets_of(call, in)), normalized(extras[0].has_value()) {
     const auto read = [this](const OptionalTensor& t) -> const void* {
       return t ? held_.emplace_back(t->contiguous()).const_data_ptr() : nullptr;
     };
