@@ -68,6 +68,8 @@ def gradient_flow(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     upstream: Tensor | None = None,
     lengths: Lengths = None,
+    resets: Tensor | None = None,
+    initial_state: Tensor | Pair | None = None,
 ) -> GradientFlow:
     """||dL/dh_t|| for every step, layer and direction, from one forward and one backward pass.
 
@@ -78,7 +80,7 @@ def gradient_flow(
 
     Args:
         module: an RNN, LSTM or GRU of rnn_ext.
-        input, hx, lengths: as its forward takes them.
+        input, hx, lengths, resets, initial_state: as its forward takes them.
         loss_fn: called with the output and the state that forward returns, gives the loss L, a
             scalar tensor.
         upstream: instead of ``loss_fn``, dL/d(output), shaped like the output (of packed input its
@@ -104,7 +106,8 @@ def gradient_flow(
             packed = isinstance(input, PackedSequence)
             leaf = (input.data if packed else input).detach().requires_grad_()
             given = PackedSequence(leaf, *input[1:]) if packed else leaf
-            output, state = module(given, hx, lengths=lengths)
+            starts = {"resets": resets, "initial_state": initial_state}
+            output, state = module(given, hx, lengths=lengths, **starts)
             _backward(leaf, output, state, loss_fn, upstream)
     finally:
         module._control = before
