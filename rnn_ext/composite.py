@@ -102,7 +102,7 @@ def layer(
         step, projected = STEPS[cell], linear(input, w_ih, b_ih)
     else:
         step = normalization.step(cell, extras)
-        projected = normalization.project(cell, input, w_ih, b_ih, extras)
+        projected = normalization.net(cell, input, w_ih, b_ih, extras[0])
     steps = projected.unbind(0) if batch_sizes is None else projected.split(batch_sizes.tolist())
     inputs = steps[::-1] if reverse else steps
     if zoneout is not None:

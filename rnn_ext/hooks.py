@@ -124,6 +124,10 @@ class Hooks:
         linked = self.residual and first > 0 and before.size(-1) == x.size(-1)
         return x + before if linked else x
 
+    def looks_at_cells(self, group: Sequence[Any]) -> bool:
+        """Whether `record` needs every cell state of a layer: its gates look at them."""
+        return self.gates and len(group[0]) > 7 and group[0][-1] is not None
+
     def record(
         self,
         cell: str,
@@ -138,10 +142,11 @@ class Hooks:
             layout = self.batch, batch_sizes, resets
             self._recorded = [
                 inspection.gates(
-                    cell, x, result[0], tensors[0], tensors[2:6], *layout, bool(direction)
+                    cell, x, (result[0], result[3]), tensors[:2], (*tensors[2:6], *tensors[7:]),
+                    *layout, bool(direction),
                 )
                 for direction, (tensors, result) in enumerate(zip(group, results))
-            ]
+            ]  # fmt: skip
 
     def recorded(self, cell: str) -> Tensor:
         """The last layer's gates, each with its directions side by side: [..., G * D * H]."""

@@ -1,8 +1,9 @@
-"""The gates of a layer that has run, from its input and its states: one product, no time loop."""
+"""The gates of a layer that has run, from its input and its states: products, no time loop."""
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+
+from .normalization import group, net
 
 __all__ = ["GATES", "gates", "rows_of"]
 
@@ -27,8 +28,8 @@ def rows_of(batch_sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def gates(
     cell: str,
     x: Tensor,
-    output: Tensor,
-    h0: Tensor,
+    states: tuple[Tensor, Tensor | None],
+    initial: tuple[Tensor, Tensor | None],
     weights: tuple[Tensor | None, ...],
     batch: int,
     batch_sizes: Tensor | None,
@@ -37,31 +38,39 @@ def gates(
 ) -> Tensor:
     """What each gate let through at each step of one layer in one direction, [..., G * H].
 
-    ``GATES`` has their order; ``a`` of the simple network is the net input, before f. ``x``,
-    ``output``, ``h0`` and ``resets`` are as of ``ops.layer``, ``weights`` (w_ih, w_hh, b_ih, b_hh).
+    ``GATES`` has their order; ``a`` of the simple network is the net input, before f. ``x`` and
+    ``resets`` are as of ``ops.layer``, ``states`` output and cells, ``initial`` h0 and c0,
+    ``weights`` (w_ih, w_hh, b_ih, b_hh) and, of a layer that has them, the five extras of
+    ``normalization``. Cells are needed beside peepholes alone.
     """
-    dtype = output.dtype
+    dtype = states[0].dtype
     if dtype in (torch.float16, torch.bfloat16):  # as the kernels compute
-        x, output, h0, *weights = (
-            None if t is None else t.float() for t in (x, output, h0, *weights)
-        )
-    w_ih, w_hh, b_ih, b_hh = weights
-    before = _previous(output, h0, batch, batch_sizes, resets, reverse)
-    wx = linear(x, w_ih, b_ih)
+        x, *widened = (None if t is None else t.float() for t in (x, *states, *initial, *weights))
+        states, initial, weights = widened[:2], widened[2:4], widened[4:]
+    w_ih, w_hh, b_ih, b_hh, *extras = weights
+    gain_ih, gain_hh, _, _, peephole = extras or (None,) * 5
+    layout = batch, batch_sizes, resets, reverse
+    before = _previous(states[0], initial[0], *layout)
+    wx = net(cell, x, w_ih, b_ih, gain_ih)
     if cell == "gru_reset_before":
         size = 2 * (w_hh.size(0) // 3)
-        b_rz, b_n = (None, None) if b_hh is None else (b_hh[:size], b_hh[size:])
-        rz = torch.sigmoid(wx[..., :size] + linear(before, w_hh[:size], b_rz))
+        of_rz, of_n = slice(size), slice(size, None)
+        rz = torch.sigmoid(wx[..., of_rz] + group(before, w_hh, b_hh, gain_hh, of_rz))
         reset = rz[..., : size // 2] * before
-        n = torch.tanh(wx[..., size:] + linear(reset, w_hh[size:], b_n))
+        n = torch.tanh(wx[..., of_n] + group(reset, w_hh, b_hh, gain_hh, of_n))
         return torch.cat((rz, n), -1).to(dtype)
-    uh = linear(before, w_hh, b_hh)
+    uh = net(cell, before, w_hh, b_hh, gain_hh)
     if cell == "gru":
         (xr, xz, xn), (hr, hz, hn) = wx.chunk(3, -1), uh.chunk(3, -1)
         r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
         return torch.cat((r, z, torch.tanh(xn + r * hn)), -1).to(dtype)
     if cell == "lstm":
         i, f, g, o = (wx + uh).chunk(4, -1)
+        if peephole is not None:
+            p_i, p_f, p_o = peephole.chunk(3)
+            c = _previous(states[1], initial[1], *layout)
+            i, f = i + p_i * c, f + p_f * c
+            o = o + p_o * (f.sigmoid() * c + i.sigmoid() * g.tanh())  # before zoneout
         return torch.cat((i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()), -1).to(dtype)
     return (wx + uh).to(dtype)
 

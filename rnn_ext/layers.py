@@ -145,10 +145,6 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
         The last result is one tensor, laid out like output: the cells, then each gate.
         """
         control = self._control if torch.is_grad_enabled() and not is_exporting() else None
-        if self._whole_rows and "gates" in details:
-            raise ValueError(
-                f"{self._get_name()}: return_gates does not know {self._extra}; leave it out"
-            )
         plain = lengths is None and not details and control is None
         if plain and type(input) is Tensor and is_plain_call():
             results = self._run_plain(input, hx, resets, initial_state)

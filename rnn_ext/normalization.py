@@ -10,10 +10,12 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.functional import layer_norm, linear
 
-__all__ = ["EPSILON", "EXTRAS", "Extras", "project", "step"]
+__all__ = ["EPSILON", "EXTRAS", "Extras", "group", "net", "step"]
 
 EPSILON = 1e-5
 EXTRAS: tuple[str, ...] = ("gain_ih", "gain_hh", "gain_cell", "bias_cell", "peephole")
@@ -25,7 +27,9 @@ _ACTIVATIONS = {"rnn_tanh": torch.tanh, "rnn_relu": torch.relu, "rnn_sigmoid": t
 def _normalized(a: Tensor, gain: Tensor | None) -> Tensor:
     if gain is None:
         return a
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if not is_compiling() and (
+        _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
         # torch's forward-mode derivative of layer_norm is a script
         centred = a - a.mean(-1, keepdim=True)
         return centred * (centred.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * gain
@@ -42,47 +46,52 @@ def _by_group(cell: str, a: Tensor, gain: Tensor | None) -> Tensor:
     )
 
 
-def project(cell: str, input: Tensor, w_ih: Tensor, b_ih: Tensor | None, extras: Extras) -> Tensor:
-    """The input's part of the net inputs, of all steps at once."""
-    a = _by_group(cell, linear(input, w_ih), extras[0])
-    return a if b_ih is None else a + b_ih
+def net(cell: str, v: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    """What an input or a state adds to the net inputs of all gates; ``gain`` None: as it is."""
+    if gain is None:
+        return linear(v, weight, bias)
+    a = _by_group(cell, linear(v, weight), gain)
+    return a if bias is None else a + bias
+
+
+def group(
+    v: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, rows: slice
+) -> Tensor:
+    """The same of some rows of the weights, whose gates are normalised together."""
+    bias, gain = (None if t is None else t[rows] for t in (bias, gain))
+    return net("", v, weight[rows], bias, gain)
 
 
 def step(cell: str, extras: Extras) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """A step as those of ``composite.STEPS``, over what `project` gave."""
+    """A step as those of ``composite.STEPS``, after `net` of its input."""
     _, gain, gain_cell, bias_cell, peephole = extras
 
-    def plus(a, b):
-        return a if b is None else a + b
-
     def elman(wx, h, c, w_hh, b_hh, w_hr):
-        a = wx + plus(_normalized(linear(h, w_hh), gain), b_hh)
-        return _ACTIVATIONS[cell](a), None
+        return _ACTIVATIONS[cell](wx + net(cell, h, w_hh, b_hh, gain)), None
 
     def lstm(wx, h, c, w_hh, b_hh, w_hr):
-        i, f, g, o = (wx + plus(_normalized(linear(h, w_hh), gain), b_hh)).chunk(4, -1)
+        i, f, g, o = (wx + net(cell, h, w_hh, b_hh, gain)).chunk(4, -1)
         if peephole is not None:
             p_i, p_f, p_o = peephole.chunk(3)
             i, f = i + p_i * c, f + p_f * c
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         if peephole is not None:
             o = o + p_o * c
-        return torch.sigmoid(o) * torch.tanh(plus(_normalized(c, gain_cell), bias_cell)), c
+        shown = _normalized(c, gain_cell)
+        shown = shown if bias_cell is None else shown + bias_cell
+        return torch.sigmoid(o) * torch.tanh(shown), c
 
     def gru(wx, h, c, w_hh, b_hh, w_hr):
         xr, xz, xn = wx.chunk(3, -1)
-        hr, hz, hn = plus(_by_group(cell, linear(h, w_hh), gain), b_hh).chunk(3, -1)
+        hr, hz, hn = net(cell, h, w_hh, b_hh, gain).chunk(3, -1)
         z = torch.sigmoid(xz + hz)
         n = torch.tanh(xn + torch.sigmoid(xr + hr) * hn)
         return (1 - z) * n + z * h, None
 
     def gru_reset_before(wx, h, c, w_hh, b_hh, w_hr):
-        size = 2 * h.size(-1)
-        b_rz, b_n = (None, None) if b_hh is None else (b_hh[:size], b_hh[size:])
-        rz = plus(_normalized(linear(h, w_hh[:size]), gain[:size]), b_rz)
-        r, z = torch.sigmoid(wx[..., :size] + rz).chunk(2, -1)
-        hn = plus(_normalized(linear(r * h, w_hh[size:]), gain[size:]), b_n)
-        n = torch.tanh(wx[..., size:] + hn)
+        of_rz, of_n = slice(2 * h.size(-1)), slice(2 * h.size(-1), None)
+        r, z = torch.sigmoid(wx[..., of_rz] + group(h, w_hh, b_hh, gain, of_rz)).chunk(2, -1)
+        n = torch.tanh(wx[..., of_n] + group(r * h, w_hh, b_hh, gain, of_n))
         return (1 - z) * n + z * h, None
 
     return {"lstm": lstm, "gru": gru, "gru_reset_before": gru_reset_before}.get(cell, elman)

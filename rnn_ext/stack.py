@@ -103,6 +103,8 @@ def stack(
             "return_cells": return_cells and first + directions == len(weights),
         }
         group = [(h0[k], c0[k], *weights[k]) for k in range(first, first + directions)]
+        if hooks is not None and hooks.looks_at_cells(group):
+            options["return_cells"] = True
         more = [{}] * directions if hooks is None else hooks.options(first, x, group, batch_sizes)
         if directions == 2 and run is ops.layer:
             zoneout = [m.get("zoneout") for m in more]
