@@ -1,8 +1,8 @@
 """Control over a layer's training: what is kept for the backward pass, and what limits dL/dh_t.
 
-A `Control` runs one layer in one direction like ``ops.layer``, with the same results: to the last
-bit on the CPU, on CUDA as far as products over fewer steps round alike. Where gradients are
-recorded
+A `Control` runs one layer in one direction like ``ops.layer`` or ``normalized.layer``, with the
+same results: to the last bit on the CPU, on CUDA as far as products over fewer steps round alike.
+Where gradients are recorded
 
 - ``checkpoint_every=k`` keeps the states before every k-th step and nothing else; the backward pass
   runs each stretch of k steps forward again, the last one first (Chen et al. 2016,
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composite, ops, recompute, transforms
+from . import composite, normalized, ops, recompute, transforms
 from .backend import current, warn_once
 from .recompute import Flow
 from .zoneout import Zoneout
@@ -127,7 +127,7 @@ class Control:
         return_cells: bool = False,
         zoneout: Zoneout | None = None,
     ) -> tuple[Any, ...]:
-        """As ``ops.layer``."""
+        """As ``ops.layer`` or, with five tensors more, ``normalized.layer``."""
         given = (input, *tensors)
         options = {
             "batch_sizes": batch_sizes,
@@ -139,7 +139,7 @@ class Control:
         recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
         if recorded or transforms.watched():
             return self._recorded(cell, given, options)
-        return ops.layer(cell, *given, **options)
+        return _uncontrolled(given)(cell, *given, **options)
 
     @torch.compiler.disable(
         reason="rnn_ext: torch.compile cannot take a layer that trains with checkpoint_every, save "
@@ -155,7 +155,7 @@ class Control:
         if not self.looks_at_gradients:
             if obstacle is not None:
                 warn_once(f"rnn_ext: {self} has no effect {obstacle}: everything is kept")
-            return ops.layer(cell, *given, **options)
+            return _uncontrolled(given)(cell, *given, **options)
         if obstacle is not None:
             warn_once(
                 f"rnn_ext: {str(self) or 'gradient_flow'} has no kernel {obstacle}; "
@@ -232,6 +232,10 @@ class Control:
             return max(steps, 1)
         aligned = -(-k // whole) * whole
         return aligned if aligned <= 2 * k else k
+
+
+def _uncontrolled(tensors):
+    return ops.layer if len(tensors) <= recompute.PLAIN else normalized.layer
 
 
 def _clip(gradient: Tensor, kind: str, limit: float) -> Tensor:

@@ -144,8 +144,8 @@ class ExtendedLayers(WithNormalization, WithStates, Replacement, torch.nn.RNNBas
         return own + ["bias='single'"] * (self.bias == "single") + list(self._option_words)
 
     def _unserved(self, x):
-        if self._whole_rows and self._probability("zoneout"):
-            return "layer_norm and peephole have no kernel with zoneout"
+        if x.is_cuda and self._whole_rows and self._probability("zoneout"):
+            return "layer_norm and peephole have no CUDA kernel with zoneout"
         return None
 
     def extra_repr(self) -> str:

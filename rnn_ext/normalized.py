@@ -12,22 +12,21 @@ from torch import Tensor
 
 from . import _C, composite, library, transforms
 from .backend import current, warn_once
-from .control import Control
+from .zoneout import Zoneout, paired
 
 __all__ = ["layer", "uncovered"]
 
 _operators = torch.ops.rnn_ext
 _INPUTS, _SHOWN = 13, 4  # tensors that a layer takes, and gives
+_NO_HOLDS = (None, None)
 
 
-def uncovered(x: Tensor, control: Control | None = None) -> str | None:
-    """Why no kernel takes this input, or what ``control`` asks of training (a phrase), or None."""
+def uncovered(x: Tensor) -> str | None:
+    """Why no kernel takes this input (a phrase), or None."""
     if not (x.is_cpu or x.is_cuda):
         return f"layer_norm and peephole have no kernel for {x.device}"
     if current() == "cuda-persistent":
         return "layer_norm and peephole have step-wise kernels alone"
-    if control is not None:
-        return "no kernel controls the training of layer_norm and peephole"
     return None
 
 
@@ -51,6 +50,7 @@ def layer(
     reverse: bool = False,
     resets: Tensor | None = None,
     return_cells: bool = False,
+    zoneout: Zoneout | None = None,
 ) -> tuple[Any, ...]:
     """One layer in one direction; arguments and results as of ``ops.layer``, and
 
@@ -66,12 +66,18 @@ def layer(
     """
     tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     extras = (gain_ih, gain_hh, gain_cell, bias_cell, peephole)
-    options = {"batch_sizes": batch_sizes, "reverse": reverse, "resets": resets}
+    options = {
+        "batch_sizes": batch_sizes,
+        "reverse": reverse,
+        "resets": resets,
+        "zoneout": zoneout,
+    }
+    holds = zoneout or _NO_HOLDS
     given = (*tensors[1:], *extras)
     reason = uncovered(input)
     if reason is None and torch.compiler.is_compiling():
         results = _operators.normalized_layer(
-            cell, input, given, batch_sizes, reverse, return_cells, resets
+            cell, input, given, batch_sizes, reverse, return_cells, resets, *holds
         )
         return (*results, *(None,) * (_SHOWN - len(results)))
     if reason is None and transforms.watched():
@@ -81,10 +87,13 @@ def layer(
             warn_once(f"rnn_ext: {reason}; composed of torch operations instead")
         return composite.layer(cell, *tensors, *extras, **options)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *given)):
-        output, h_n, *states = _Layer.apply(input, *given, resets, cell, batch_sizes, reverse)
+        output, h_n, *states = _Layer.apply(
+            input, *given, resets, *holds, cell, batch_sizes, reverse
+        )
         return output, h_n, *(states or (None, None))
     results = _C.normalized_forward(
-        cell, tensors, extras, batch_sizes, reverse, resets, return_cells and c0 is not None
+        *(cell, tensors, extras, batch_sizes, reverse, resets, zoneout),
+        return_cells and c0 is not None,
     )
     return *results[:3], results[4].to(input.dtype) if return_cells and c0 is not None else None
 
@@ -94,35 +103,37 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, resets, cell, batch_sizes, reverse = arguments
+        *tensors, resets, hold_h, hold_c, cell, batch_sizes, reverse = arguments
         output, h_n, c_n, states, cells, records, isa = _C.normalized_forward(
-            cell, tensors[:8], tensors[8:], batch_sizes, reverse, resets, True
+            *(cell, tensors[:8], tensors[8:], batch_sizes, reverse, resets),
+            *(paired(hold_h, hold_c), True),
         )
         ctx.set_materialize_grads(False)
         ctx.options = cell, batch_sizes, reverse, isa
-        ctx.save_for_backward(*tensors, resets, states, cells, records)
+        ctx.save_for_backward(*tensors, resets, hold_h, hold_c, states, cells, records)
         return (output, h_n) if c_n is None else (output, h_n, c_n, cells.to(output.dtype))
 
     @staticmethod
     def backward(ctx, *upstream):
         kept = ctx.saved_tensors  # once: torch.utils.checkpoint allows no more
-        tensors, resets, saved = kept[:_INPUTS], kept[_INPUTS], kept[_INPUTS + 1 :]
+        tensors, (resets, *holds), saved = kept[:_INPUTS], kept[_INPUTS:-3], kept[-3:]
         cell, batch_sizes, reverse, isa = ctx.options
+        zoneout = paired(*holds)
         upstream = (*upstream, *(None,) * (_SHOWN - len(upstream)))
         wanted = ctx.needs_input_grad[:_INPUTS]
         if transforms.watched_backward(upstream):
             gradients = _composed_gradients(
-                cell, tensors, batch_sizes, reverse, resets, upstream, wanted
+                cell, tensors, batch_sizes, reverse, resets, zoneout, upstream, wanted
             )
         else:
             gradients = _C.normalized_backward(
-                cell, tensors[:8], tensors[8:], batch_sizes, reverse, resets, saved, isa, upstream,
-                wanted,
-            )  # fmt: skip
-        return *gradients, None, None, None, None
+                *(cell, tensors[:8], tensors[8:], batch_sizes, reverse, resets, zoneout),
+                *(saved, isa, upstream, wanted),
+            )
+        return *gradients, *(None,) * 6
 
 
-def _composed_gradients(cell, tensors, batch_sizes, reverse, resets, upstream, wanted):
+def _composed_gradients(cell, tensors, batch_sizes, reverse, resets, zoneout, upstream, wanted):
     """The gradients of ``tensors``, None for what is not wanted; differentiable again."""
     warn_once(
         "rnn_ext: gradients of gradients of layer_norm and peephole have no kernel; composed of "
@@ -135,15 +146,17 @@ def _composed_gradients(cell, tensors, batch_sizes, reverse, resets, upstream, w
 
     def results(*tensors):
         shown = composite.layer(
-            cell, *tensors, batch_sizes=batch_sizes, reverse=reverse,
-            resets=resets,
+            cell, *tensors, batch_sizes=batch_sizes, reverse=reverse, resets=resets,
+            zoneout=zoneout,
         )  # fmt: skip
         return tuple(r for r, p in zip(shown, present) if p)
 
     return transforms.vjp(results, tensors, wanted, [d for d in upstream if d is not None])
 
 
-def _layer_fake(cell, input, tensors, batch_sizes, reverse, return_cells, resets=None):
+def _layer_fake(
+    cell, input, tensors, batch_sizes, reverse, return_cells, resets=None, hold_h=None, hold_c=None
+):
     return _shown_fake(cell, input, tensors, batch_sizes, resets, return_cells)
 
 
@@ -173,7 +186,9 @@ def _record_width(cell, hidden, normalized, compute, on_cuda):
     return width
 
 
-def _forward_fake(cell, input, tensors, batch_sizes, reverse, resets=None):
+def _forward_fake(
+    cell, input, tensors, batch_sizes, reverse, resets=None, hold_h=None, hold_c=None
+):
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     narrow, lstm = compute != input.dtype, cell == "lstm"
     on_cuda = library._on_cuda(input)
@@ -192,7 +207,10 @@ def _forward_fake(cell, input, tensors, batch_sizes, reverse, resets=None):
     ]
 
 
-def _backward_fake(cell, input, tensors, batch_sizes, reverse, kept, upstream, wanted, resets=None):
+def _backward_fake(
+    cell, input, tensors, batch_sizes, reverse, kept, upstream, wanted, resets=None, hold_h=None,
+    hold_c=None,
+):  # fmt: skip
     given = (input, *tensors)
     return [input.new_empty(t.shape) for t, w in zip(given, wanted) if w and t is not None]
 
@@ -202,16 +220,16 @@ class _LayerOperator(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, batch_sizes, resets, cell, reverse, return_cells = arguments
+        *tensors, batch_sizes, resets, hold_h, hold_c, cell, reverse, return_cells = arguments
         with torch._C._AutoDispatchBelowAutograd():
             results = _operators.normalized_forward(
-                cell, tensors[0], tensors[1:], batch_sizes, reverse, resets
+                cell, tensors[0], tensors[1:], batch_sizes, reverse, resets, hold_h, hold_c
             )
         output, h_n, c_n, cells, states, wide_cells, records = results
         ctx.set_materialize_grads(False)
         ctx.options = cell, reverse
         kept = output, cells, states, wide_cells, records
-        ctx.save_for_backward(*tensors, batch_sizes, resets, *kept)
+        ctx.save_for_backward(*tensors, batch_sizes, resets, hold_h, hold_c, *kept)
         if cell != "lstm":
             return output, h_n
         return (output, h_n, c_n, cells) if return_cells else (output, h_n, c_n)
@@ -220,22 +238,23 @@ class _LayerOperator(torch.autograd.Function):
     def backward(ctx, *upstream):
         cell, reverse = ctx.options
         tensors = ctx.saved_tensors[:_INPUTS]
-        batch_sizes, resets, *kept = ctx.saved_tensors[_INPUTS:]
+        batch_sizes, resets, *holds = ctx.saved_tensors[_INPUTS : _INPUTS + 4]
+        kept = ctx.saved_tensors[_INPUTS + 4 :]
         upstream = (*upstream, *(None,) * (_SHOWN - len(upstream)))
         wanted = [w and t is not None for w, t in zip(ctx.needs_input_grad[:_INPUTS], tensors)]
         if transforms.watched_backward(upstream):
             gradients = _composed_gradients(
-                cell, tensors, batch_sizes, reverse, resets, upstream, wanted
+                cell, tensors, batch_sizes, reverse, resets, paired(*holds), upstream, wanted
             )
         else:
             found = iter(
                 _operators.normalized_backward(
                     cell, tensors[0], tensors[1:], batch_sizes, reverse, kept, upstream, wanted,
-                    resets,
+                    resets, *holds,
                 )
             )  # fmt: skip
             gradients = [next(found) if w else None for w in wanted]
-        return (*gradients, *(None,) * 5)
+        return (*gradients, *(None,) * 7)
 
 
 def _register():
@@ -248,14 +267,17 @@ def _register():
     }.items():
         torch.library.register_fake(f"rnn_ext::{name}", fake, lib=library)
 
-    def layer(keyset, cell, input, tensors, batch_sizes, reverse, return_cells, resets=None):
-        given = (input, *tensors)
+    def layer(
+        keyset, cell, input, tensors, batch_sizes, reverse, return_cells, resets=None, hold_h=None,
+        hold_c=None,
+    ):  # fmt: skip
+        given, more = (input, *tensors), (resets, hold_h, hold_c)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
             options = cell, reverse, return_cells
-            return list(_LayerOperator.apply(*given, batch_sizes, resets, *options))
+            return list(_LayerOperator.apply(*given, batch_sizes, *more, *options))
         with torch._C._AutoDispatchBelowAutograd():
             return _operators.normalized_layer(
-                cell, input, tensors, batch_sizes, reverse, return_cells, resets
+                cell, input, tensors, batch_sizes, reverse, return_cells, *more
             )
 
     library.impl("normalized_layer", layer, "Autograd", with_keyset=True)

@@ -103,8 +103,7 @@ def explain(
 
     reason = module._unserved(x) or uncovered(x, states, weights)
     if getattr(module, "_whole_rows", False):
-        control = module._control if torch.is_grad_enabled() else None
-        reason = reason or normalized.uncovered(x, control)
+        reason = reason or normalized.uncovered(x)
     plans = []
     for k, group in enumerate(weights):
         how = _choose(module, x, steps, batch, directions, group, reason)

@@ -12,9 +12,9 @@ from . import _C, transforms
 from .backend import current, warn_once
 from .zoneout import Zoneout, paired, with_masks
 
-__all__ = ["Flow", "layer"]
+__all__ = ["PLAIN", "Flow", "layer"]
 
-_INPUTS, _FIRST_WEIGHT = 8, 3
+PLAIN, _FIRST_WEIGHT = 8, 3  # tensors of a layer without extras, and before the weights
 
 
 class Flow:
@@ -101,7 +101,8 @@ def layer(
     resets: Tensor | None,
     zoneout: Zoneout | None,
 ) -> tuple[Any, ...]:
-    """As ``ops.layer`` where gradients are recorded, under the `Control` ``how``."""
+    """As ``ops.layer`` where gradients are recorded, under the `Control` ``how``; with five tensors
+    more as ``normalized.layer``."""
     given = *tensors, resets, *(zoneout or (None, None))
     output, h_n, *states = _Layer.apply(*given, cell, batch_sizes, reverse, how)
     return output, h_n, *(states or (None, None))
@@ -147,12 +148,11 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_output, d_h_n, d_c_n=None, d_cells=None):
         kept = ctx.saved_tensors
-        tensors, (resets, parted, *holds, _, _, _, _) = kept[:_INPUTS], kept[_INPUTS:]
-        saved, zoneout = kept[-4:], paired(*holds)
-        wanted = ctx.needs_input_grad[:_INPUTS]
+        tensors, (resets, parted, *holds), saved = kept[:-8], kept[-8:-4], kept[-4:]
+        zoneout, wanted = paired(*holds), ctx.needs_input_grad[: len(tensors)]
         upstream = (d_output, d_h_n, d_c_n, d_cells)
         if all(d is None for d in upstream):
-            return (None,) * (_INPUTS + 7)
+            return (None,) * (len(tensors) + 7)
         if transforms.watched_backward(upstream):
             gradients = _composed_gradients(ctx, tensors, resets, zoneout, upstream, wanted)
         else:
@@ -293,7 +293,8 @@ class _Backward:
         input, h0, c0, *weights = self.tensors
         known = tuple(time.of(t, part) for t in saved[:2])
         shared = self.zoneout is not None and self.zoneout[0].dim() == 0
-        if self.cell.startswith("rnn") and not shared:  # of which h is all there is
+        elman = self.cell.startswith("rnn") and len(self.tensors) == PLAIN
+        if elman and not shared:  # of which h is all there is
             return (*known, None, None), self.isa
         at_once = (
             _flat(time.of(input, part)).unsqueeze(0),
@@ -303,7 +304,7 @@ class _Backward:
         *_, states, _, gates, middle, isa = _C.partial_forward(
             self.cell, at_once, None, False, None, None, True, (0, 0), self.backend
         )
-        if self.cell.startswith("rnn"):
+        if elman:
             middle = states[0]
         return (*known, gates, middle), isa
 

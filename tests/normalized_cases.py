@@ -6,7 +6,9 @@ import torch
 from cases import ALL_NAMES, GATES, make_case, run
 from torch.nn.functional import layer_norm, linear
 
+import rnn_ext
 from rnn_ext import normalized
+from rnn_ext.zoneout import with_masks
 
 # Cell, whether it is normalised, whether it has peepholes.
 KINDS = {
@@ -18,6 +20,17 @@ KINDS = {
     "lstm_peephole": ("lstm", True, True),
     "gru": ("gru", True, False),
     "gru_reset_before": ("gru_reset_before", True, False),
+}
+
+# Layers of modules.
+OPTIONS = {
+    "RNN": (rnn_ext.RNN, {"layer_norm": True}),
+    "RNN-relu": (rnn_ext.RNN, {"layer_norm": True, "nonlinearity": "relu"}),
+    "LSTM": (rnn_ext.LSTM, {"layer_norm": True}),
+    "LSTM-peephole": (rnn_ext.LSTM, {"peephole": True}),
+    "LSTM-both": (rnn_ext.LSTM, {"layer_norm": True, "peephole": True}),
+    "GRU": (rnn_ext.GRU, {"layer_norm": True}),
+    "GRU-before": (rnn_ext.GRU, {"layer_norm": True, "reset_after": False}),
 }
 
 
@@ -57,7 +70,32 @@ def reordered(case, order):
 
     tensors = [by_unit(name, t) for name, t in zip(ALL_NAMES, case.tensors)]
     upstream = [None if d is None else d[..., order] for d in case.upstream]
-    return replace(case, tensors=tensors, upstream=upstream)
+    zoneout = with_masks(case.zoneout, lambda hold: hold[..., order])
+    return replace(case, tensors=tensors, upstream=upstream, zoneout=zoneout)
+
+
+def make(name, *args, **more):
+    kind, options = OPTIONS[name]
+    layers = kind(*(args or (5, 12)), **options, **more)
+    with torch.no_grad():
+        for key, parameter in layers.named_parameters():
+            if "layer_norm" in key:
+                parameter.add_(torch.rand_like(parameter) - 0.5)
+    return layers
+
+
+def as_function(case):
+    """``normalized.layer`` of the tensors that the case has, and these."""
+    present = [i for i, t in enumerate(case.tensors) if t is not None]
+
+    def function(*given):
+        tensors = list(case.tensors)
+        for i, t in zip(present, given):
+            tensors[i] = t
+        results = normalized.layer(case.cell, *tensors, **case.options())
+        return tuple(r for r in results if r is not None)
+
+    return function, [case.tensors[i].clone().requires_grad_() for i in present]
 
 
 def run_ours(case):
@@ -69,12 +107,13 @@ def run_loop(case):
 
 
 def loop(
-    cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, *extras, batch_sizes, reverse, resets=None
-):
+    cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, *extras, batch_sizes, reverse, resets=None,
+    zoneout=None,
+):  # fmt: skip
     """As a user would write it, in the dtype of the input; one sequence at a time if ragged."""
     weights = w_ih, w_hh, b_ih, b_hh, *extras
     if batch_sizes is None:
-        return _loop(cell, input, h0, c0, weights, reverse, resets)
+        return _loop(cell, input, h0, c0, weights, reverse, resets, zoneout)
     batch, offset = (
         int(batch_sizes[0]),
         torch.cat((batch_sizes.new_zeros(1), batch_sizes.cumsum(0))),
@@ -84,7 +123,8 @@ def loop(
         rows = [int(offset[t]) + b for t in range(len(batch_sizes)) if batch_sizes[t] > b]
         states = [None if s is None else s[b::batch] for s in (h0, c0)]
         cut = None if resets is None else resets[rows].unsqueeze(1)
-        results = _loop(cell, input[rows].unsqueeze(1), *states, weights, reverse, cut)
+        holds = with_masks(zoneout, lambda hold, rows=rows: hold[rows].unsqueeze(1))
+        results = _loop(cell, input[rows].unsqueeze(1), *states, weights, reverse, cut, holds)
         found.append((rows, results))
     order = torch.tensor([row for rows, _ in found for row in rows]).argsort()
 
@@ -99,7 +139,11 @@ def loop(
     return packed(0), last(1), last(2), packed(3)
 
 
-def _loop(cell, input, h0, c0, weights, reverse, resets):
+def _share(hold, step):
+    return hold if hold.dim() == 0 else hold[step]
+
+
+def _loop(cell, input, h0, c0, weights, reverse, resets, zoneout=None):
     w_ih, w_hh, b_ih, b_hh, gain_ih, gain_hh, gain_cell, bias_cell, peephole = weights
     steps, batch = input.shape[:2]
     hidden = w_hh.size(1)
@@ -126,7 +170,7 @@ def _loop(cell, input, h0, c0, weights, reverse, resets):
             cut = resets[at].unsqueeze(1)
             h = torch.where(cut, restored[0], h)
             c = None if c is None else torch.where(cut, restored[1], c)
-        x = input[t]
+        x, before = input[t], (h, c)
         if cell == "lstm":
             i, f, g, o = both(h, x, 0, 4).chunk(4, 1)
             p_i, p_f, p_o = (0, 0, 0) if peephole is None else peephole.chunk(3)
@@ -144,5 +188,10 @@ def _loop(cell, input, h0, c0, weights, reverse, resets):
             else:
                 n = torch.tanh(of_x + half(r * h, w_hh, gain_hh, b_hh, 2, 3))
             h = (1 - z) * n + z * h
+        if zoneout is not None:
+            h, c = (
+                None if old is None else torch.lerp(new, old, _share(hold, t).to(new.dtype))
+                for new, old, hold in zip((h, c), before, zoneout)
+            )
         outputs[t], cells[t] = h, c
     return torch.stack(outputs), h, c, None if c is None else torch.stack(cells)

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 from cases import SHAPES as ALL_SHAPES
-from cases import run_reference, with_resets
+from cases import run_reference, with_resets, with_zoneout
 from normalized_cases import make_normalized, reordered, run_loop, run_ours
 from tolerance import FORWARD, GRADIENT, error
 
@@ -14,8 +14,10 @@ SHAPES = ((1, 1, 3, 4), *(shape for shape in ALL_SHAPES if shape[3] > 2))
 
 
 @cache
-def expected(kind, shape, dtype, restored=None, **options):
+def expected(kind, shape, dtype, restored=None, zoneout=None, **options):
     """The case, the truth, and how far from it a loop of torch operations is in this dtype.
+
+    ``restored``: None for no resets; ``zoneout``: "masks", a share, or None.
 
     What is normalised is a difference, in which the error of one order of the sums is a matter of
     luck: of each result and gradient it is the largest error in eight orders of the hidden units.
@@ -23,6 +25,8 @@ def expected(kind, shape, dtype, restored=None, **options):
     case = make_normalized(kind, shape, **options)
     if restored is not None:
         case = with_resets(case, restored=restored)
+    if zoneout is not None:
+        case = with_zoneout(case, None if zoneout == "masks" else zoneout)
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(shape[3], generator=generator) for _ in range(7)]
     found = []
@@ -40,8 +44,8 @@ def expected(kind, shape, dtype, restored=None, **options):
     return *found[0][:2], floors
 
 
-def check(kind, shape, dtype, restored=None, **options):
-    case, truths, floors = expected(kind, shape, dtype, restored, **options)
+def check(kind, shape, dtype, restored=None, zoneout=None, **options):
+    case, truths, floors = expected(kind, shape, dtype, restored, zoneout, **options)
     eps = torch.finfo(dtype).eps
     least = 4 * eps if dtype == torch.float64 else eps  # as tolerance.assert_as_exact has it
     for ours, truth, floor, factor in zip(

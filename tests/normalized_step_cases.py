@@ -19,7 +19,7 @@ Forward = structure(
 Backward = structure(
     f"rows:rows next:rows previous_count:long hidden:long {WEIGHTS} product second_product "
     f"{RECORD} h cells h_before cells_before h0 c0 restored_h restored_c sum_delta sum_h sum_c d_h "
-    "d_cells carry dc delta extra delta_u previous previous_c"
+    "d_cells carry dc delta extra delta_u previous previous_c clip:int limit:double norms"
 )
 GROUP = "rows:long columns:long first:long count:long groups:int group:int"
 NormalizeRows = structure(f"{GROUP} values scales")
@@ -35,6 +35,7 @@ class Case:
     counts: tuple = (4, 4, 2)  # rows of each step
     hidden: int = 37
     inputs: int = 5
+    grad_clip: float | tuple | None = None
 
     @property
     def gates(self):
@@ -96,11 +97,14 @@ class Run:
         options |= {"reset_h": self.restored[0], "reset_c": self.restored[1]}
         result = reference.forward(self.case.cell, self.x, self.h0, self.c0, weights, **options)
         upstream = self.d_h, self.d_h_n, self.d_c_n, self.d_cells
-        gradients = reference.backward(result, *upstream)
+        clip = {"grad_clip": self.case.grad_clip}
+        gradients = reference.backward(result, *upstream, **clip)
+        dh = reference.hidden_gradients(result, *upstream, **clip)
         names = ["w_ih", "w_hh", "h0", "reset_h", "b_ih"]
         names += ["c0", "reset_c"] if self.c0 is not None else []
         truth = {name: getattr(gradients, name) for name in names}
         truth |= {"output": result.output, "h_n": result.h_n}
+        truth["norms"] = np.linalg.norm(dh, axis=-1)
         return truth | ({} if self.c0 is None else {"cells": result.cells, "c_n": result.c_n})
 
     # Arrays are kept in `own`; where an address is taken, `at` is a row.
@@ -154,6 +158,10 @@ class Run:
         for name, value in given.items():
             self._put(name, value)
         each = {"delta": g * h, "delta_u": g * h, "extra": h, "previous": h, "previous_c": h}
+        each["norms"] = 1
+        kinds = {float: 1, tuple: 2}  # of Clip
+        clip, limit = kinds.get(type(case.grad_clip), 0), case.grad_clip or 0.0
+        limit = limit[1] if clip == 2 else limit
         for name, columns in each.items():
             self._empty(name, rows, columns)
         if not case.peephole:
@@ -173,6 +181,7 @@ class Run:
         for step in reversed(range(len(case.counts))):
             at, count = self.offsets[step], case.counts[step]
             p = Backward(self._rows(step), following, hidden=h, product=pointer(product))
+            p.clip, p.limit = clip, limit
             for name in (*WEIGHTS.split(), *shared):
                 setattr(p, name, self._at(0, name)[0])
             for name in (*RECORD.split(), "h", "cells", "d_h", "d_cells", *each):
@@ -217,6 +226,7 @@ class Run:
             "c0": own.get("dc"),
             "reset_h": own["sum_h"] + own["sum_delta"] @ self.w_hh[:recurrent],
             "reset_c": own["sum_c"],
+            "norms": own["norms"][:, 0],
         }
 
     def _call(self, name, args, phase):

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from cases import VARIANTS, run_reference, with_resets
+from cases import VARIANTS, run, run_reference, with_resets
 from emulated import emulated_modules, emulation
+from gradient_cases import CLIPS, control, reference_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from normalized_cases import KINDS, make_normalized, run_ours
 from normalized_checks import check
 from tolerance import error
 
+from rnn_ext import control as controls
 from rnn_ext import normalized
+from rnn_ext.control import Control
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -115,3 +118,35 @@ def test_an_empty_batch_and_what_is_not_a_number(kind):
     output.sum().backward()
     assert output.shape == (3, 0, 20)
     assert all(not t.grad.any() for t in leaves if t is not None and t.grad is not None)
+
+
+MODES = {"all": {}, "checkpoints": {"checkpoint_every": 2}, "states": {"save": "states"}}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("grad_clip", CLIPS, ids=str)
+@every_kind
+def test_clipped_gradients_follow_the_reference(kind, grad_clip, mode, nan_filled):
+    for variant in ("padded", "ragged_reverse"):
+        case = make_normalized(kind, (6, 9, 5, 21), **VARIANTS[variant])
+        truth, flows = reference_gradients(case, grad_clip), []
+        how = control(grad_clip, **MODES[mode]).watching(flows)
+        _, found = run(how.layer, case)
+        for name in truth:
+            assert error(found[name], truth[name]) <= 1e-10, name
+        run(control(grad_clip).watching(flows).composed, case)
+        assert error(flows[0].norms.reshape(-1), flows[1].norms.reshape(-1)) <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["checkpoints", "states"])
+@every_kind
+def test_less_is_kept_and_all_else_stays(kind, mode, dtype, monkeypatch, nan_filled):
+    monkeypatch.setattr(controls, "_SUMMED_ROWS", 4)
+    monkeypatch.setattr(controls, "_CACHED_GATES", 0)
+    case = make_normalized(kind, (7, 1 if mode == "states" else 9, 5, 33), ragged=True)
+    case = with_resets(case, restored=True).to(dtype)
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 4e-2}[dtype]
+    for found, expected in zip(run(Control(**MODES[mode]).layer, case), run_ours(case)):
+        for name in expected:
+            assert error(found[name], expected[name].double()) <= tolerance, name

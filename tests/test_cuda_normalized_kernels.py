@@ -7,6 +7,7 @@ from step_cases import CELLS
 
 CASES = [Case(cell) for cell in CELLS]
 CASES += [Case("lstm", normalized=False, peephole=True), Case("lstm", peephole=True)]
+CASES += [Case("lstm", grad_clip=("norm", 1.0)), Case("gru_reset_before", grad_clip=0.3)]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -123,6 +124,8 @@ MUTANTS = [
         "load<R>(p.extra, row.state(column - 2 * hidden))",
         "row.delta(0, column)",
     ),
+    ("norm of one thread's units", "lstm", BACKWARD, "sqrt(block_sum(squares))", "sqrt(squares)"),
+    ("norm that clips nothing", "gru", BACKWARD, "return dh * factor;", "return dh;"),
 ]
 
 
@@ -144,4 +147,5 @@ def built_ahead(request):
     "name, cell, file, old, new", MUTANTS, ids=[m[0].replace(" ", "-") for m in MUTANTS]
 )
 def test_a_planted_bug_is_caught(name, cell, file, old, new):
-    catch(mutant_of(name, cell, file, old, new), SOURCES, lambda k: Run(k, Case(cell)).check())
+    case = Case(cell, grad_clip=("norm", 1.0) if name.startswith("norm") else None)
+    catch(mutant_of(name, cell, file, old, new), SOURCES, lambda k: Run(k, case).check())

@@ -7,7 +7,7 @@ import torch
 from cases import DTYPES, VARIANTS, run, run_reference, with_resets
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from normalized_cases import KINDS, make_normalized, run_ours
+from normalized_cases import KINDS, as_function, make_normalized, run_ours
 from normalized_checks import SHAPES, check
 from tolerance import error
 from twins import forget_warnings
@@ -105,20 +105,6 @@ def test_without_gradients_the_results_are_the_same(isa, kind):
     alone = normalized.layer(case.cell, *case.tensors, **options)
     for name, value in zip(results, alone):
         assert not value.requires_grad and error(value, results[name].double()) <= 1e-6, name
-
-
-def as_function(case):
-    """``normalized.layer`` of the tensors that the case has, and these."""
-    present = [i for i, t in enumerate(case.tensors) if t is not None]
-
-    def function(*given):
-        tensors = list(case.tensors)
-        for i, t in zip(present, given):
-            tensors[i] = t
-        results = normalized.layer(case.cell, *tensors, **case.options())
-        return tuple(r for r in results if r is not None)
-
-    return function, [case.tensors[i].clone().requires_grad_() for i in present]
 
 
 @composed

@@ -6,23 +6,14 @@ import pickle
 
 import pytest
 import torch
-from normalized_cases import _loop
+from normalized_cases import OPTIONS, _loop, make
 from tolerance import error
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from twins import forget_warnings
+from twins import forget_warnings, tensors
 
 import rnn_ext
 from rnn_ext import reference
 
-OPTIONS = {
-    "RNN": (rnn_ext.RNN, {"layer_norm": True}),
-    "RNN-relu": (rnn_ext.RNN, {"layer_norm": True, "nonlinearity": "relu"}),
-    "LSTM": (rnn_ext.LSTM, {"layer_norm": True}),
-    "LSTM-peephole": (rnn_ext.LSTM, {"peephole": True}),
-    "LSTM-both": (rnn_ext.LSTM, {"layer_norm": True, "peephole": True}),
-    "GRU": (rnn_ext.GRU, {"layer_norm": True}),
-    "GRU-before": (rnn_ext.GRU, {"layer_norm": True, "reset_after": False}),
-}
 each = pytest.mark.parametrize("name", OPTIONS)
 a_few = pytest.mark.parametrize("name", ["RNN", "LSTM-both", "GRU-before"])
 NAMES = {
@@ -35,16 +26,6 @@ NAMES = {
 @pytest.fixture(autouse=True)
 def _fresh():
     forget_warnings()
-
-
-def make(name, *args, **more):
-    kind, options = OPTIONS[name]
-    layers = kind(*(args or (5, 12)), **options, **more)
-    with torch.no_grad():
-        for key, parameter in layers.named_parameters():
-            if "layer_norm" in key:
-                parameter.add_(torch.rand_like(parameter) - 0.5)
-    return layers
 
 
 def of_reference(layers, x, **options):
@@ -131,6 +112,53 @@ def test_resets_part_episodes(name):
 
 
 @each
+def test_gates(name):
+    """Of both directions, beside lengths, resets to a state and shares that zoneout holds."""
+    module = make(name, bidirectional=True, zoneout=0.3).double().eval()
+    x, start = (torch.randn(*size, dtype=torch.float64) for size in ((6, 3, 5), (2, 3, 12)))
+    resets, lstm = torch.rand(6, 3) < 0.3, module._cell == "lstm"
+    options = {
+        "lengths": [2, 6, 4],
+        "resets": resets,
+        "initial_state": (start,) * 2 if lstm else start,
+    }
+    *results, gates = module(x, **options, return_gates=True)
+    for ours, plain in zip(tensors(results), tensors(module(x, **options)), strict=True):
+        assert torch.equal(ours, plain)
+    for k in range(2):
+        weights = [None if w is None else w.detach().numpy() for w in module._weights()[k]]
+        restored = {f"reset_{name}": start[k].numpy() for name in ("hc" if lstm else "h")}
+        found = reference.forward(
+            module._cell, x.numpy(), None, None, weights, lengths=options["lengths"],
+            reverse=k == 1, resets=resets.numpy(), zoneout=(0.3, 0.3), **restored,
+        )  # fmt: skip
+        for t, rows, step in found.tape.steps:
+            for letter, gate in gates.items():
+                truth = getattr(step, letter, None)
+                truth = step.of_input.a + step.of_state.a if truth is None else truth
+                ours = gate[t, rows, 12 * k : 12 * k + 12]
+                assert error(ours.detach(), torch.as_tensor(truth)) <= 1e-11, letter
+    assert not any(gate[2:, 0].any() for gate in gates.values())
+
+
+@a_few
+def test_gates_have_gradients_and_compile(name):
+    module = make(name, 3, 4, num_layers=2).double()
+    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def gates(x, *_):
+        return tuple(module(x, return_gates=True)[2].values())
+
+    assert torch.autograd.gradcheck(gates, (x, *module.parameters()), fast_mode=True)
+    torch.compiler.reset()
+    compiled = torch.compile(gates, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), gates(x))
+    assert (
+        module.bfloat16()(x.bfloat16(), return_gates=True)[2].popitem()[1].dtype == torch.bfloat16
+    )
+
+
+@each
 def test_parameters_have_names_like_those_of_torch(name):
     kind, options = OPTIONS[name]
     layers = make(name, 5, 12, 2, bidirectional=True)
@@ -214,35 +242,6 @@ def test_dtypes_and_autocast(name, dtype):
         output.float().sum().backward()
 
 
-@pytest.mark.parametrize(
-    "more, reason",
-    [({"zoneout": 0.2}, "zoneout"), ({"grad_clip": 1.0}, "controls"),
-     ({"checkpoint_every": 2}, "controls")],
-    ids=["zoneout", "grad_clip", "checkpoint_every"],
-)  # fmt: skip
-@a_few
-def test_what_has_no_kernel_is_composed_with_one_warning(name, more, reason):
-    layers, x = make(name, **more).double(), torch.randn(4, 2, 5, dtype=torch.float64)
-    with pytest.warns(rnn_ext.FallbackWarning, match=reason) as found:
-        for _ in range(2):
-            output = layers(x)[0]
-            output.sum().backward()
-    assert len(found) == 1
-    if "zoneout" not in more:
-        assert error(output.detach(), of_reference(layers, x)[0]) <= 1e-12
-
-
-@pytest.mark.filterwarnings("ignore:.*composed of torch operations")
-def test_gradient_flow():
-    layers, x = make("LSTM-both").double(), torch.randn(5, 2, 5, dtype=torch.float64)
-    upstream = torch.randn(5, 2, 12, dtype=torch.float64)
-    flow = rnn_ext.gradient_flow(layers, x, upstream=upstream)
-    weights = [None if w is None else w.detach().numpy() for w in layers._weights()[0]]
-    result = reference.forward("lstm", x.numpy(), None, None, weights)
-    expected = torch.as_tensor(reference.hidden_gradients(result, upstream.numpy())).norm(dim=-1)
-    assert error(flow.per_sample[0, 0], expected) <= 1e-12
-
-
 @pytest.mark.filterwarnings("ignore:.*composed of torch operations")
 @a_few
 def test_transforms_and_double_backward(name):
@@ -288,8 +287,6 @@ def test_wrong_arguments_are_named(kind):
     layers = kind(4, 5, layer_norm=True)
     with pytest.raises(ValueError, match="layer_norm is chosen at construction"):
         layers.layer_norm = False
-    with pytest.raises(ValueError, match="return_gates does not know layer_norm=True"):
-        layers(torch.randn(2, 3, 4), return_gates=True)
     if kind is not rnn_ext.LSTM:
         with pytest.raises(ValueError, match="peephole belongs to the LSTM"):
             kind(4, 5, peephole=True)

@@ -78,8 +78,7 @@ class Backward {
     if (a_.dw_hh) previous_ = arena.take<const value*>(rows);
     if (first_.depth >= kLongDepth || second_.depth >= kLongDepth)
       sums_ = arena.take<real>((first_.count() + second_.count()) * a_.steps.batch * width);
-    if (a_.clip != Clip::kNone || a_.dh_norms)
-      total_ = arena.take<real>(a_.steps.batch * total_width());
+    if (controls_gradients(a_)) total_ = arena.take<real>(a_.steps.batch * total_width());
     scratch_ = arena.take<value>(a_.plan.threads * room_.size());
     if (a_.dx) wide_dx_ = arena.take<real>(a_.plan.threads * input_sums<value>(a_.sizes.input));
   }
@@ -251,14 +250,7 @@ class Backward {
     const bool shared = share.split == Split::kColumns;
     const long r0 = shared ? share.member.begin(rows) : share.row_begin(),
                r1 = shared ? share.member.end(rows) : share.row_end(rows);
-    for (long r = r0; r < r1; r++) {
-      real* row = total_ + r * total_width();
-      double norm = 0;
-      if (a_.dh_norms || a_.clip == Clip::kNorm) norm = norm_of(row, output_);
-      if (a_.dh_norms) a_.dh_norms[at + r] = real(norm);
-      if (a_.clip == Clip::kValue) clip_values(row, output_, real(a_.limit));
-      if (a_.clip == Clip::kNorm && !(norm <= a_.limit)) scale(row, output_, real(a_.limit / norm));
-    }
+    for (long r = r0; r < r1; r++) control_gradient(a_, at + r, total_ + r * total_width());
   }
 
   // The first phase of the cell's vjp, from total_

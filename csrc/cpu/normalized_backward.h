@@ -1,12 +1,13 @@
 // Backpropagation through time for the cells of normalized_forward.h.
-//   per step, last to first: the cell's vjp row by row, then back through the normalisation of U h',
-//   then one product brings dL/dh'. dL/da is kept for every row;
+//   per step, last to first: dL/dh_t is clipped or looked at where that is asked for, then comes the
+//   cell's vjp row by row, then back through the normalisation of U h', then one product brings
+//   dL/dh'. dL/da is kept for every row;
 //   then for all rows at once: back through the normalisation of W x, with the gradients of gains,
 //   biases and peepholes as sums over blocks of rows; and each weight's gradient and dx are one
 //   product.
 // Threads own sequences in the loop, and share blocks of rows, then rows of the weights, after it.
 #pragma once
-#include "gradients.h"
+#include "gradient_control.h"
 #include "normalized_forward.h"
 #include "normalized_sums.h"
 
@@ -49,6 +50,8 @@ class NormalizedBackward {
     for (long r = 0; r < a_.steps.batch; r++)
       for (long u = 0; u < state_width_; u++)
         carry_[r * state_width_ + u] = a_.d_hn && u < hidden_ ? a_.d_hn[r * hidden_ + u] : 0;
+    sums_.clear();
+    if (a_.add) for_sums([](real* gradient, real* sum, long n) { copy(sum, gradient, n); });
     run_team(a_.plan.threads, [this](const Member& m) { work(m); });
   }
 
@@ -72,6 +75,7 @@ class NormalizedBackward {
     }
     if (a_.dw_hh) previous_ = arena.take<const value*>(rows);
     if (Cell::has_cell_state) cells_ = arena.take<const real*>(rows);
+    if (a_.zoneout.on) zoned_ = arena.take<real>(a_.plan.threads * zoned_size());
     sums_.lay_out(arena, rows, w_.columns.width, hidden_, Cell::has_cell_state);
     scratch_ = arena.take<value>(a_.plan.threads * room_.size());
   }
@@ -87,28 +91,28 @@ class NormalizedBackward {
     finish_states(member);
     member.wait();
     sums_.for_blocks(member, a_.steps.total(),
-                     [&](const auto& sums, long row) { add_row(sums, row); });
+                     [&](const auto& sums, long row) { add_row(member, sums, row); });
     member.wait();
-    sums_.reduce(member);
+    sums_.reduce(member, order());
     member.wait();
-    if (member.id == 0) unpack();
+    if (member.id == 0) for_sums([](real* gradient, real* sum, long n) { copy(gradient, sum, n); });
     products(member);
   }
+
+  SumOrder order() const { return {!a_.steps.reverse, a_.add}; }
 
   void step(const Member& member, long t) const {
     const long rows = a_.steps.rows(t), last = member.end(a_.steps.batch);
     const long r0 = member.begin(a_.steps.batch), r1 = last < rows ? last : rows;
     if (r0 >= r1) return;
     for (long r = r0; r < r1; r++) {
-      Cell::template backward<0>(w_, row_of(t, r));
+      backward<0>(member, t, r);
       for (int k = Cell::phases - 1; k < w_.columns.groups; k++) to_products(t, r, k);
     }
     if constexpr (Cell::phases == 2) {
       multiply(1, t, r0, r1, reset_, false);
       for (long r = r0; r < r1; r++) {
-        BackwardRow<value> row = row_of(t, r);
-        row.d_reset = reset_ + r * state_width_;
-        Cell::template backward<1>(w_, row);
+        backward<1>(member, t, r);
         to_products(t, r, 0);
       }
     }
@@ -120,6 +124,34 @@ class NormalizedBackward {
     for (long r = r0; r < r1; r++) keep_previous(t, r);
   }
 
+  template <int phase>
+  void backward(const Member& member, long t, long r) const {
+    const long at = a_.steps.begin(t) + r;
+    BackwardRow<value> row = row_of(t, r);
+    if (phase == 0 && controls_gradients(a_)) {
+      for_registers<real>(hidden_,
+                          [&](long u, int n) { store(row.carry + u, upstream(row, u, n), n); });
+      control_gradient(a_, at, row.carry);
+      row.d_out = nullptr;
+    }
+    if (!a_.zoneout.on) return Cell::template backward<phase>(w_, row);
+    if (Cell::has_cell_state) row.c = made_cell(member, at, row.c_prev);
+    using Zoned = ZonedRow<value, Cell>;
+    Zoned::template backward<phase>(w_, row, a_.zoneout.from(at * hidden_),
+                                    zoned_of(member) + hidden_);
+  }
+
+  // Of each thread: c~ of a row, then what its states hold on to.
+  long zoned_size() const { return (1 + ZonedRow<value, Cell>::held_states) * hidden_; }
+  real* zoned_of(const Member& member) const { return zoned_ + member.id * zoned_size(); }
+
+  // What the cell of a row was before zoneout; what it is, without.
+  const real* made_cell(const Member& member, long row, const real* previous) const {
+    if (!a_.zoneout.on) return a_.c + row * hidden_;
+    make_cell_again(w_, a_.gates + row * record_.size(), previous, zoned_of(member));
+    return zoned_of(member);
+  }
+
   BackwardRow<value> row_of(long t, long r) const {
     const long row = a_.steps.begin(t) + r;
     const real* record = a_.gates + row * record_.size();
@@ -127,7 +159,6 @@ class NormalizedBackward {
     b.gates = record;
     b.u = record + record_.state();
     b.h_prev = before_.state(t, r);
-    b.h = a_.out + row * hidden_;
     if (Cell::has_cell_state) {
       b.c_prev = before_.cell(t, r);
       b.c = a_.c + row * hidden_;
@@ -139,6 +170,7 @@ class NormalizedBackward {
     b.carry = carry_ + r * state_width_;
     b.delta = delta_ + row * delta_width_;
     b.extra = b.delta + w_.columns.width;
+    if (Cell::phases == 2) b.d_reset = reset_ + r * state_width_;
     return b;
   }
 
@@ -214,7 +246,8 @@ class NormalizedBackward {
       std::memcpy(a_.dh0 + r * hidden_, carry_ + r * state_width_, hidden_ * sizeof(real));
   }
 
-  void add_row(const typename NormalizedSums<value>::Block& sums, long row) const {
+  void add_row(const Member& member, const typename NormalizedSums<value>::Block& sums,
+               long row) const {
     const GateColumns& c = w_.columns;
     const real *record = a_.gates + row * record_.size(), *delta = delta_ + row * delta_width_;
     for (int k = 0; k < c.groups; k++) {
@@ -233,7 +266,7 @@ class NormalizedBackward {
            of_input_ + row * width_ + c.at[k]);
     }
     if constexpr (Cell::has_cell_state) {
-      const real *cell = a_.c + row * hidden_, *previous = cells_[row];
+      const real *previous = cells_[row], *cell = made_cell(member, row, previous);
       const Moments<real> m = cell_moments(record);
       for_registers<real>(hidden_, [&](long u, int n) {
         const Vec<real> c_prev = load(previous + u, n), now = load(cell + u, n);
@@ -248,14 +281,16 @@ class NormalizedBackward {
     }
   }
 
-  void unpack() const {
-    const auto sums = sums_.block(0);
-    const auto by_gate = [&](real* to, const real* from) {
-      for (int gate = 0; to && gate < Cell::gates; gate++)
-        std::memcpy(to + gate * hidden_, from + w_.column(gate), hidden_ * sizeof(real));
+  // Calls body(gradient, its sum over the rows, numbers) for those that are wanted.
+  template <class Body>
+  void for_sums(const Body& body) const {
+    const auto sums = sums_.total();
+    const auto by_gate = [&](real* gradient, real* sum) {
+      for (int gate = 0; gradient && gate < Cell::gates; gate++)
+        body(gradient + gate * hidden_, sum + w_.column(gate), hidden_);
     };
-    const auto by_unit = [&](real* to, const real* from, long count) {
-      if (to) std::memcpy(to, from, count * sizeof(real));
+    const auto by_unit = [&](real* gradient, real* sum, long count) {
+      if (gradient) body(gradient, sum, count);
     };
     by_gate(a_.db_ih, sums.b_ih);
     by_gate(a_.db_hh, sums.b_hh);
@@ -266,10 +301,13 @@ class NormalizedBackward {
     by_unit(all_.d_peephole, sums.peephole, 3 * hidden_);
   }
 
+  static void copy(real* to, const real* from, long count) {
+    std::memcpy(to, from, count * sizeof(real));
+  }
+
   void products(const Member& m) const {
     const GateColumns& c = w_.columns;
     const long rows = a_.steps.total();
-    const SumOrder order{!a_.steps.reverse, false};
     value* scratch = scratch_ + m.id * room_.size();
     Segment segments[2];
     for (int k = 0; k < c.groups; k++) {
@@ -279,7 +317,7 @@ class NormalizedBackward {
         const Target<value> target{x, columns, to};
         if (to)
           WeightGradient<value>::run(s, m.begin(s.count), m.end(s.count), deltas, width_, &target,
-                                     1, rows, order, room_, scratch);
+                                     1, rows, order(), room_, scratch);
       };
       gradient(a_.dw_ih, of_input_, {a_.x, a_.sizes.input, nullptr}, a_.sizes.input);
       if (Cell::phases == 2 && k == 1)
@@ -302,7 +340,8 @@ class NormalizedBackward {
   NormalizedSums<value> sums_{};
   long width_ = 0, delta_width_ = 0, state_width_ = 0;
   Columns input_{}, state_[2]{};
-  real *delta_ = nullptr, *carry_ = nullptr, *reset_ = nullptr, *wide_dx_ = nullptr;
+  real *delta_ = nullptr, *carry_ = nullptr, *reset_ = nullptr, *zoned_ = nullptr;
+  real* wide_dx_ = nullptr;
   value *of_state_ = nullptr, *of_input_ = nullptr, *middle_ = nullptr, *scratch_ = nullptr;
   const value** previous_ = nullptr;
   const real** cells_ = nullptr;

@@ -45,7 +45,7 @@ template <class value>
 struct BackwardRow {
   using real = Real<value>;
   const real *gates, *u;
-  const value *h_prev, *h;
+  const value* h_prev;
   const real *c_prev, *c;
   Moments<real> cell;
   const value* d_out;   // or null
@@ -75,13 +75,15 @@ struct NormalizedElman {
   static void forward(const GateWeights<value>& w, const ForwardRow<value>& row) {
     for_registers<real>(w.hidden, [&](long u, int n) {
       const V a = load(row.gates + u, n) + load(w.gain_hh + u, n) * load(row.u + u, n);
-      store(row.h + u, Cell::forward(a), n);
+      const V h = Cell::forward(a);
+      store(row.gates + u, h, n);
+      store(row.h + u, h, n);
     });
   }
   template <int phase>
   static void backward(const GateWeights<value>& w, const BackwardRow<value>& row) {
     for_registers<real>(w.hidden, [&](long u, int n) {
-      store(row.delta + u, Cell::vjp(load(row.h + u, n), upstream(row, u, n)), n);
+      store(row.delta + u, Cell::vjp(load(row.gates + u, n), upstream(row, u, n)), n);
       store(row.carry + u, V{}, n);
     });
   }

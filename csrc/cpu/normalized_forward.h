@@ -6,6 +6,7 @@
 #pragma once
 #include "forward.h"
 #include "normalized_layout.h"
+#include "normalized_zoneout.h"
 
 namespace rnn_ext::RNN_EXT_TARGET {
 
@@ -19,6 +20,7 @@ class NormalizedForward {
       : a_(args.layer),
         extras_(args.extras),
         save_(args.layer.save),
+        keep_(args.layer.gates),
         before_{a_.steps, a_.resets, a_.out, a_.h0, a_.c, a_.c0, a_.sizes.output, a_.sizes.hidden} {
     w_.hidden = a_.sizes.hidden;
     w_.columns = gate_columns<value>(Cell::gates, w_.hidden);
@@ -50,10 +52,12 @@ class NormalizedForward {
         input_[k].packed = arena.take<value>(Product::size(input_[k].units, input_[k].depth));
         state_[k].packed = arena.take<value>(Product::size(state_[k].units, state_[k].depth));
       }
-    if (!save_) gates_ = arena.take<real>(chunk_steps() * batch * w_.columns.width);
-    if (!save_ || !w_.normalized) products_ = arena.take<real>(batch * w_.columns.width);
+    if (!keep_) gates_ = arena.take<real>(chunk_steps() * batch * w_.columns.width);
+    if (!keep_ || !w_.normalized) products_ = arena.take<real>(batch * w_.columns.width);
     if (Cell::phases == 2) middle_ = arena.take<value>(batch * w_.hidden);
     if (a_.resets.rows) previous_ = arena.take<value>(batch * w_.hidden);
+    if (a_.zoneout.on && Cell::has_cell_state)
+      made_ = arena.take<real>(a_.plan.threads * w_.hidden);
   }
 
   long chunk_steps() const {
@@ -76,19 +80,19 @@ class NormalizedForward {
       project(low + member.begin(high - low), low + member.end(high - low), low);
       member.wait();
       for (long j = i; j < end; j++) step(member, a_.steps.at(j), low);
-      if (!save_) member.wait();
+      if (!keep_) member.wait();
     }
   }
 
   real* gates_of(long row, long low) const {
-    return save_ ? a_.gates + row * record_.size() : gates_ + (row - low) * w_.columns.width;
+    return keep_ ? a_.gates + row * record_.size() : gates_ + (row - low) * w_.columns.width;
   }
-  long gates_stride() const { return save_ ? record_.size() : w_.columns.width; }
+  long gates_stride() const { return keep_ ? record_.size() : w_.columns.width; }
 
   // The input's part of the net inputs of rows [first, end).
   void project(long first, long end, long low) const {
     const GateColumns& c = w_.columns;
-    const bool keep = save_ && w_.normalized;
+    const bool keep = keep_ && w_.normalized;
     const long stride = gates_stride(), to = keep ? record_.input() : 0;
     const int most = tile_rows<value, 2>(a_.sizes.input);
     for (int k = 0; k < c.groups; k++)
@@ -136,19 +140,19 @@ class NormalizedForward {
           multiply(k, t, a_.h0, middle, r1);
         }
       }
-      for (long r = r0; r < r1; r++) finish(phase, t, r, low);
+      for (long r = r0; r < r1; r++) finish(member, phase, t, r, low);
     }
   }
 
   real* products_of(long t, long row) const {
-    return save_ && w_.normalized
+    return keep_ && w_.normalized
                ? a_.gates + (a_.steps.begin(t) + row) * record_.size() + record_.state()
                : products_ + row * w_.columns.width;
   }
 
   // U h' of group k for rows [r0, r1) of `operand`
   void multiply(int k, long t, const value* operand, long r0, long r1) const {
-    const long stride = save_ && w_.normalized ? record_.size() : w_.columns.width;
+    const long stride = keep_ && w_.normalized ? record_.size() : w_.columns.width;
     const int most = tile_rows<value, 2>(w_.hidden);
     for (long p = 0; p < state_[k].count(); p++)
       for_row_blocks(r0, r1, most, [&](long row, int count) {
@@ -158,7 +162,7 @@ class NormalizedForward {
       });
   }
 
-  void finish(int phase, long t, long r, long low) const {
+  void finish(const Member& member, int phase, long t, long r, long low) const {
     const GateColumns& c = w_.columns;
     const long row = a_.steps.begin(t) + r;
     real *gates = gates_of(row, low), *u = products_of(t, r);
@@ -166,7 +170,7 @@ class NormalizedForward {
       for (int k = 0; k < c.groups; k++) {
         if (Cell::phases == 2 && k != phase) continue;
         const real scale = normalize(u + c.at[k], c.count[k]);
-        if (save_) gates[record_.state_scales() + k] = scale;
+        if (keep_) gates[record_.state_scales() + k] = scale;
       }
     Moments<real> cell{};
     ForwardRow<value> f{};
@@ -181,23 +185,30 @@ class NormalizedForward {
       f.c_prev = save_ || before_.afresh(t, r) ? before_.cell(t, r) : f.c;
     }
     if (phase == 0)
-      Cell::template forward<0>(w_, f);
+      forward<0>(member, f, row);
     else
-      Cell::template forward<Cell::phases - 1>(w_, f);
-    if (Cell::has_cell_state && save_ && w_.normalized) {
+      forward<Cell::phases - 1>(member, f, row);
+    if (Cell::has_cell_state && keep_ && w_.normalized) {
       gates[record_.cell()] = cell.mean;
       gates[record_.cell() + 1] = cell.scale;
     }
   }
 
+  template <int phase>
+  void forward(const Member& member, const ForwardRow<value>& f, long row) const {
+    if (!a_.zoneout.on) return Cell::template forward<phase>(w_, f);
+    real* made = Cell::has_cell_state ? made_ + member.id * w_.hidden : nullptr;
+    ZonedRow<value, Cell>::template forward<phase>(w_, f, a_.zoneout.from(row * w_.hidden), made);
+  }
+
   const ForwardArgs<value>& a_;
   const Extras<value>& extras_;
-  const bool save_;
+  const bool save_, keep_;  // every state; records, too
   const Before<value> before_;
   GateWeights<value> w_{};
   Record<value> record_{};
   Product input_[2]{}, state_[2]{};
-  real *gates_ = nullptr, *products_ = nullptr;
+  real *gates_ = nullptr, *products_ = nullptr, *made_ = nullptr;
   value *middle_ = nullptr, *previous_ = nullptr;
 };
 

@@ -25,9 +25,9 @@ struct Extras {
   const real* peephole;           // [3*H], of i, f and o; LSTM; or null
 };
 
-// `layer.gates`, when saving, are records of one row each, [N, record_width]: the activations and,
-// where gates are normalised, what W x and U h' became before their gains, and the scales.
-// `layer.middle` is not used.
+// `layer.gates`, when saving, are records of one row each, [N, record_width], or null: not kept. The
+// activations (of the LSTM's cell and of what a step makes: before zoneout) and, where gates are
+// normalised, what W x and U h' became before their gains, and the scales. `layer.middle` is not used.
 template <class value>
 struct NormalizedForwardArgs {
   ForwardArgs<value> layer;

@@ -1,7 +1,8 @@
 // Sums over all rows that are no matrix products: the gradients of biases, gains and peepholes. Each
-// block of rows has sums of its own, which are added up in order: the result does not depend on the
-// number of threads.
+// block of rows has sums of its own, which are added up in the order of SumOrder (gradients.h): the
+// result does not depend on the number of threads.
 #pragma once
+#include "gradients.h"
 #include "layer_norm.h"
 
 namespace rnn_ext::RNN_EXT_TARGET {
@@ -26,15 +27,12 @@ struct NormalizedSums {
     hidden_ = hidden;
     size_ = 4 * width + (lstm ? 5 * hidden : 0);
     blocks_ = (rows + kRows - 1) / kRows;
-    parts_ = arena.take<real>(blocks_ * size_);
+    parts_ = arena.take<real>((blocks_ + 1) * size_);
   }
 
-  Block block(long i) const {
-    real* part = parts_ + i * size_;
-    real* cell = part + 4 * width_;
-    return {part, part + width_,      part + 2 * width_, part + 3 * width_,
-            cell, cell + 3 * hidden_, cell + 4 * hidden_};
-  }
+  // The sum of all blocks; what it starts from is to be there before they are added.
+  Block total() const { return block(blocks_); }
+  void clear() const { std::memset(parts_ + blocks_ * size_, 0, size_ * sizeof(real)); }
 
   // Calls body(sums of its block, row) for each row; the members share the blocks.
   template <class Body>
@@ -46,14 +44,23 @@ struct NormalizedSums {
     }
   }
 
-  // Block 0 becomes the sum of all blocks; the members share its columns.
-  void reduce(const Member& member) const {
-    for (long i = 1; i < blocks_; i++)
-      for (long k = member.begin(size_); k < member.end(size_); k++)
-        parts_[k] += parts_[i * size_ + k];
+  // Adds the blocks to the total; the members share its columns.
+  void reduce(const Member& member, SumOrder order) const {
+    real* total = parts_ + blocks_ * size_;
+    order.for_blocks(blocks_, 1, [&](long i, long, bool) {
+      const real* part = parts_ + i * size_;
+      for (long k = member.begin(size_); k < member.end(size_); k++) total[k] += part[k];
+    });
   }
 
  private:
+  Block block(long i) const {
+    real* part = parts_ + i * size_;
+    real* cell = part + 4 * width_;
+    return {part, part + width_,      part + 2 * width_, part + 3 * width_,
+            cell, cell + 3 * hidden_, cell + 4 * hidden_};
+  }
+
   long width_ = 0, hidden_ = 0, size_ = 0, blocks_ = 0;
   real* parts_ = nullptr;
 };

@@ -93,6 +93,8 @@ struct Hold {
 struct Zoneout {
   bool on;
   Hold h, c;
+
+  Zoneout from(long at) const { return {on, h.from(at), c.from(at)}; }  // of equal widths
 };
 
 template <class value>

@@ -70,6 +70,9 @@ struct NormalizedBackward {
   void* delta_u;  // S [count, G*H]: dL/d(U h')
   void *previous,
       *previous_c;  // S and R [count, H]: h' and c', where reset the restored ones; or null
+  Clip clip;        // of dL/dh
+  double limit;
+  void* norms;  // R [count]: of the rows of dL/dh before they are clipped; or null
 };
 
 // A group of `count` columns from `first` on, of rows of `columns`; number `group` of `groups`.

@@ -13,6 +13,7 @@ struct NormalizedRowBackward {
   const NormalizedBackward& p;
   const int64_t row, hidden;
   const bool reset, has_previous, continues;
+  R factor = 1;  // of dL/dh whose norm is clipped
 
   RNN_EXT_DEVICE explicit NormalizedRowBackward(const NormalizedBackward& params)
       : p(params),
@@ -35,10 +36,30 @@ struct NormalizedRowBackward {
     const R product = is_reset(p.next, row) ? R(0) : load<R>(p.product, state(unit));
     return carries ? product + carry : product;
   }
+  // dL/dh, before it is clipped.
   template <bool carries>
-  RNN_EXT_DEVICE R arrived(int64_t unit) const {
+  RNN_EXT_DEVICE R whole(int64_t unit) const {
     const R later = from_later_steps<carries>(unit);
     return p.d_h ? later + load<S>(p.d_h, state(unit)) : later;
+  }
+  template <bool carries>
+  RNN_EXT_DEVICE R arrived(int64_t unit) const {
+    const R dh = whole<carries>(unit), limit = static_cast<R>(p.limit);
+    if (p.clip == Clip::kValue) return dh > limit ? limit : dh < -limit ? -limit : dh;
+    return dh * factor;
+  }
+  // Notes the norm of dL/dh, and what it is to be clipped with.
+  template <bool carries>
+  RNN_EXT_DEVICE void control() {
+    if (!p.norms && p.clip != Clip::kNorm) return;
+    double squares = 0;
+    for_own(hidden, [&](int64_t unit) {
+      const double dh = whole<carries>(unit);
+      squares += dh * dh;
+    });
+    const double norm = std::sqrt(block_sum(squares));
+    if (p.norms && threadIdx.x == 0) store<R>(p.norms, row, static_cast<R>(norm));
+    if (p.clip == Clip::kNorm && !(norm <= p.limit)) factor = static_cast<R>(p.limit / norm);
   }
 
   RNN_EXT_DEVICE R previous_h(int64_t unit) const {
@@ -242,8 +263,11 @@ struct NormalizedGruResetBeforeBackward {
 template <class S, class Cell, int phase>
 __global__ void __launch_bounds__(kRowThreads)
     normalized_backward_kernel(const NormalizedBackward p) {
-  const typename Cell::Row row(p);
-  if (row.row < p.rows.count) return Cell::template run<phase>(row);
+  typename Cell::Row row(p);
+  if (row.row < p.rows.count) {
+    if (phase == 0) row.template control<Cell::carries>();
+    return Cell::template run<phase>(row);
+  }
   // The next step is the row's first: this is dL/dh0.
   for_own(row.hidden, [&](int64_t unit) {
     store<Real<S>>(p.carry, row.state(unit), row.template from_later_steps<Cell::carries>(unit));

@@ -10,8 +10,7 @@ namespace rnn_ext::cuda {
 constexpr int kRowThreads = 256, kWarpThreads = 32;
 constexpr double kNormEpsilon = 1e-5;
 
-template <class R>
-constexpr size_t kRowShared = kRowThreads / kWarpThreads * sizeof(R);
+constexpr size_t kRowShared = kRowThreads / kWarpThreads * sizeof(double);
 
 // The sum over all threads of the block, which all call it and all get it.
 template <class R>
@@ -81,7 +80,7 @@ RNN_EXT_DEVICE typename PeepholeLstm<Real<S>>::Peepholes peepholes(const Normali
 template <class S, class Params>
 void launch_rows(const char* name, void (*kernel)(const Params), int64_t rows, const Stream& stream,
                  const Params& p) {
-  launch_blocks(name, kernel, rows, kRowThreads, kRowShared<Real<S>>, stream, p);
+  launch_blocks(name, kernel, rows, kRowThreads, kRowShared, stream, p);
 }
 
 }  // namespace rnn_ext::cuda

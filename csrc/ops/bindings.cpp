@@ -2,8 +2,6 @@
 #include "bindings.h"
 
 #include <ATen/Parallel.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include "../cpu/dispatch.h"
 #include "../cpu/scratch.h"
@@ -25,25 +23,6 @@ using namespace rnn_ext;
 using at::Tensor;
 
 namespace {
-
-// What rnn_ext.use_backend says of CUDA tensors.
-cuda::Path path_of(const std::string& backend) {
-  if (backend == "cuda-step") return cuda::Path::kStep;
-  return backend == "cuda-persistent" ? cuda::Path::kPersistent : cuda::Path::kAuto;
-}
-
-py::tuple results(LayerOutputs& out, bool save) {
-  if (!save) return py::make_tuple(out.output, out.h_n, out.c_n);
-  return py::make_tuple(out.output, out.h_n, out.c_n, out.saved.states, out.saved.cells,
-                        out.saved.gates, out.saved.middle, out.saved.isa);
-}
-
-// Of zoneout: what is held of h and c (LayerInputs), or None.
-using Holds = std::optional<std::array<OptionalTensor, 2>>;
-
-void hold(const Holds& zoneout, LayerInputs& in) {
-  if (zoneout) in.hold_h = (*zoneout)[0], in.hold_c = (*zoneout)[1];
-}
 
 py::tuple forward(std::string cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor w_ih,
                   Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
@@ -74,79 +53,6 @@ InputGradients backward(std::string cell, Tensor input, Tensor h0, OptionalTenso
   const LayerGradients d{d_output, d_h_n, d_c_n, d_cells};
   return without_gil([&] {
     return layer_backward({&in, 1}, {&saved, 1}, {&d, 1}, {&wanted, 1}, path_of(backend), groups);
-  })[0];
-}
-
-// input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr
-using InputTensors = std::array<OptionalTensor, kLayerInputs>;
-
-LayerInputs layer_inputs(const std::string& cell, const InputTensors& t,
-                         const OptionalTensor& batch_sizes, bool reverse,
-                         const OptionalTensor& resets, const Holds& zoneout) {
-  LayerInputs in{cell, t[0].value(), t[1].value(), t[2],    t[3].value(), t[4].value(), t[5],
-                 t[6], t[7],         batch_sizes,  reverse, resets,       true};
-  hold(zoneout, in);
-  return in;
-}
-
-Tensor parted(const std::string& cell, const InputTensors& tensors,
-              const OptionalTensor& batch_sizes, bool reverse, const Tensor& resets) {
-  LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets, {});
-  in.parted = false;
-  return parted_rows(check_call(in), in);
-}
-
-// As `forward` with `save`, without gates and middle where they are not to be kept, by the plan of
-// a call of (steps, batch).
-py::tuple partial_forward(const std::string& cell, const InputTensors& tensors,
-                          const OptionalTensor& batch_sizes, bool reverse,
-                          const OptionalTensor& resets, const Holds& zoneout, bool keep_gates,
-                          std::array<long, 2> planned, const std::string& backend) {
-  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets, zoneout);
-  PassOptions options;
-  options.keep_gates = keep_gates;
-  options.planned_steps = planned[0], options.planned_batch = planned[1];
-  auto out = without_gil([&] { return layer_forward({&in, 1}, true, path_of(backend), options); });
-  return results(out[0], true);
-}
-
-// As `backward`; `sums` and `dh_norms` as in PassOptions; `clip` is "value", "norm" or "".
-InputGradients partial_backward(const std::string& cell, const InputTensors& tensors,
-                                const OptionalTensor& batch_sizes, bool reverse,
-                                const OptionalTensor& resets, const Holds& zoneout,
-                                const std::array<OptionalTensor, 4>& kept, const std::string& isa,
-                                const std::array<OptionalTensor, 4>& upstream, const Wanted& wanted,
-                                std::array<long, 2> planned,
-                                const std::vector<OptionalTensor>& sums, const std::string& clip,
-                                double limit, const OptionalTensor& dh_norms,
-                                const std::string& backend) {
-  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets, zoneout);
-  const Saved saved{kept[0].value(), kept[1], kept[2], kept[3], isa};
-  const LayerGradients d{upstream[0], upstream[1], upstream[2], upstream[3]};
-  const Call call = check_call(in);
-  PassOptions options;
-  options.planned_steps = planned[0], options.planned_batch = planned[1];
-  options.clip = clip == "value" ? Clip::kValue : clip == "norm" ? Clip::kNorm : Clip::kNone;
-  options.limit = limit;
-  options.sums = sums;
-  TORCH_CHECK(sums.empty() || sums.size() == kLayerInputs - kFirstWeight,
-              "rnn_ext: sums are of w_ih, w_hh, b_ih, b_hh and w_hr");
-  for (size_t i = 0; i < sums.size(); i++)
-    TORCH_CHECK(
-        !wanted[i + kFirstWeight] || !tensors[i + kFirstWeight] ||
-            (sums[i] && sums[i]->is_contiguous() && sums[i]->scalar_type() == call.compute &&
-             sums[i]->sizes() == tensors[i + kFirstWeight]->sizes()),
-        "rnn_ext: each wanted gradient of a weight needs a sum of its shape, contiguous ",
-        call.compute);
-  if (dh_norms) {
-    TORCH_CHECK(dh_norms->is_contiguous() && dh_norms->scalar_type() == call.compute &&
-                    dh_norms->numel() == call.rows,
-                "rnn_ext: dh_norms must be contiguous ", call.compute, " for ", call.rows, " rows");
-    options.dh_norms = *dh_norms;
-  }
-  return without_gil([&] {
-    return layer_backward({&in, 1}, {&saved, 1}, {&d, 1}, {&wanted, 1}, path_of(backend), 1,
-                          options);
   })[0];
 }
 
@@ -345,9 +251,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("layer_forward", &forward);
   m.def("layer_backward", &backward);
-  m.def("parted_rows", &parted);
-  m.def("partial_forward", &partial_forward);
-  m.def("partial_backward", &partial_backward);
   m.def("run_stack", &stack);
   m.def("run_cell", &one_step);
   m.def("set_general_backward", &general_backward_in);
@@ -356,6 +259,7 @@ PYBIND11_MODULE(_C, m) {
   define_online(m);
   define_generation(m);
   define_normalized(m);
+  define_partial(m);
   m.def("both_forward", &forward_both);
   m.def("both_backward", &backward_both);
   m.def("random_mask",

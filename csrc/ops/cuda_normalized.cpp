@@ -107,11 +107,12 @@ class RecordRows {
 
 class Forward : Layer {
  public:
-  Forward(const Call& call, const LayerInputs& in, const ExtraTensors& extras, bool save)
-      : Layer(call, in, extras), save_(save) {
+  Forward(const Call& call, const LayerInputs& in, const ExtraTensors& extras, bool save,
+          const PassOptions& options)
+      : Layer(call, in, extras), save_(save), keep_(save && options.keep_gates) {
     const long all = call.gates * l.hidden, batch = call.batch;
-    if (save) {
-      out_.saved.isa = kCuda;
+    if (save) out_.saved.isa = kCuda;
+    if (keep_) {
       const int64_t width = record_width(call.kind, l.hidden, normalized);
       out_.saved.gates = at::empty({call.rows, width}, l.wide);
     }
@@ -119,7 +120,7 @@ class Forward : Layer {
     h_state_ = fresh(first_rows(in.h0, batch), l.stored);
     if (l.lstm) c_state_ = fresh(first_rows(*in.c0, batch), l.wide);
     if (l.lstm && save) out_.saved.cells = at::empty(call.laid_out(l.hidden), l.wide);
-    if (save && normalized) {
+    if (keep_ && normalized) {
       most_rows_ = std::numeric_limits<long>::max();
     } else {
       const long row_bytes = std::max<long>(1, all * c10::elementSize(call.compute));
@@ -174,7 +175,7 @@ class Forward : Layer {
       const long t = l.time.at(i), at = l.time.begin(t), count = l.time.rows(t);
       p.rows = l.rows(t, count);
       p.x = x_rows[at - span.first];
-      p.record = records[save_ ? at : 0];
+      p.record = records[keep_ ? at : 0];
       p.h = output_rows[at];
       p.cells = cell_rows[at];
       multiply(first_rows(product, count), first_rows(h_state_, count), weights_hh);
@@ -196,7 +197,7 @@ class Forward : Layer {
                            scope.stream());
   }
 
-  const bool save_;
+  const bool save_, keep_;  // every state; records, too
   long most_rows_;
   LayerOutputs out_;
   Tensor h_state_;
@@ -206,11 +207,12 @@ class Forward : Layer {
 class Backward : Layer {
  public:
   Backward(const Call& call, const LayerInputs& in, const ExtraTensors& extras, const Saved& saved,
-           const LayerGradients& d, const NormalizedWanted& wanted)
+           const LayerGradients& d, const NormalizedWanted& wanted, const PassOptions& options)
       : Layer(call, in, extras),
         extras_(extras),
         saved_(saved),
         wanted_(wanted),
+        options_(options),
         record_(l, normalized, saved.gates),
         d_output_(contiguous(d.d_output)),
         d_cells_(contiguous(d.d_cells)),
@@ -257,6 +259,11 @@ class Backward : Layer {
     p.restored_sums = {RowPointer(sums_.delta)[0], RowPointer(sums_.h)[0], RowPointer(sums_.c)[0]};
     p.carry = carry_.mutable_data_ptr();
     p.dc = RowPointer(dc_)[0];
+    p.clip = options_.clip;
+    p.limit = options_.limit;
+    OptionalTensor norms;
+    if (options_.dh_norms.defined()) norms = options_.dh_norms.view({l.call.rows, 1});
+    const RowPointer norm_rows(norms);
     const RecordRows records(record_);
     const RowPointer h_rows(l.as_rows(saved_.states)), cell_rows(saved_.cells),
         d_output_rows(d_output_), d_cells_rows(d_cells_), delta_rows(delta_), extra_rows(extra_),
@@ -280,6 +287,7 @@ class Backward : Layer {
       p.delta_u = delta_u_rows[at];
       p.previous = previous_rows[at];
       p.previous_c = previous_c_rows[at];
+      p.norms = norm_rows[at];
       cuda::normalized_backward(l.call.kind, l.storage, 0, p, scope.stream());
       if (l.reset_before) {
         multiply(first_rows(second_product, count), of_second.narrow(0, at, count), second_weights);
@@ -295,8 +303,13 @@ class Backward : Layer {
   NormalizedGradients gradients() const {
     const long hidden = l.hidden;
     NormalizedGradients out;
+    const bool add = !options_.sums.empty();
     const auto give = [&](int i, const auto& gradient) {
-      if (wanted_[i]) out[i] = gradient().to(l.call.dtype);
+      if (!wanted_[i]) return;
+      if (add && i >= kFirstWeight)
+        out[i] = options_.sums[i - kFirstWeight]->add_(gradient());
+      else
+        out[i] = add ? gradient() : gradient().to(l.call.dtype);
     };
     give(1, [&] { return l.d_h0(carry_, sums_); });
     if (l.lstm) give(2, [&] { return l.d_c0(*dc_, sums_); });
@@ -307,7 +320,7 @@ class Backward : Layer {
         multiply(l.as_rows(dx), delta_x, l.in.w_ih);
         return dx;
       });
-      give(3, [&] { return at::mm(delta_x.t(), l.as_rows(l.in.input)); });
+      give(3, [&] { return product(delta_x.t(), l.as_rows(l.in.input)); });
     }
     give(4, [&] { return recurrent_weights(); });
     if (l.in.b_ih) give(5, [&] { return over_rows(delta_); });
@@ -338,6 +351,13 @@ class Backward : Layer {
     return over_rows(at::mul(delta, values));
   }
 
+  // Not rounded where it is to be added to a sum.
+  Tensor product(const Tensor& a, const Tensor& b) const {
+    const Tensor out = at::empty({a.size(0), b.size(1)}, options_.sums.empty() ? l.stored : l.wide);
+    multiply(out, a, b);
+    return out;
+  }
+
   // dL/d(W x)
   Tensor input_side() const {
     if (!normalized) return delta_.to(l.call.dtype);
@@ -355,17 +375,18 @@ class Backward : Layer {
     return l.gru ? at::cat({delta_.narrow(1, 0, 2 * l.hidden), *extra_}, 1) : delta_;
   }
   Tensor recurrent_weights() const {
-    if (!l.reset_before) return at::mm(delta_u_.t(), *previous_);
+    if (!l.reset_before) return product(delta_u_.t(), *previous_);
     const long hidden = l.hidden;
     const Tensor reset = record_.gates->narrow(1, 0, hidden);
     const Tensor middle = at::mul(reset, *previous_).to(l.call.dtype);
-    return at::cat({at::mm(delta_u_.narrow(1, 0, 2 * hidden).t(), *previous_),
-                    at::mm(delta_u_.narrow(1, 2 * hidden, hidden).t(), middle)});
+    return at::cat({product(delta_u_.narrow(1, 0, 2 * hidden).t(), *previous_),
+                    product(delta_u_.narrow(1, 2 * hidden, hidden).t(), middle)});
   }
 
   const ExtraTensors& extras_;
   const Saved& saved_;
   const NormalizedWanted& wanted_;
+  const PassOptions& options_;
   const Records record_;
   const OptionalTensor d_output_, d_cells_;
   const Tensor h0_;
@@ -378,17 +399,19 @@ class Backward : Layer {
 }  // namespace
 
 LayerOutputs cuda_normalized_forward(const Call& call, const LayerInputs& in,
-                                     const ExtraTensors& extras, bool save) {
-  return Forward(call, in, extras, save).run();
+                                     const ExtraTensors& extras, bool save,
+                                     const PassOptions& options) {
+  return Forward(call, in, extras, save, options).run();
 }
 
 NormalizedGradients cuda_normalized_backward(const Call& call, const LayerInputs& in,
                                              const ExtraTensors& extras, const Saved& saved,
                                              const LayerGradients& d,
-                                             const NormalizedWanted& wanted) {
+                                             const NormalizedWanted& wanted,
+                                             const PassOptions& options) {
   TORCH_CHECK(saved.isa == kCuda, "rnn_ext: what '", saved.isa,
               "' saved is not for the CUDA kernels");
-  return Backward(call, in, extras, saved, d, wanted).run();
+  return Backward(call, in, extras, saved, d, wanted, options).run();
 }
 
 }  // namespace rnn_ext

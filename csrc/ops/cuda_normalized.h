@@ -6,10 +6,12 @@
 namespace rnn_ext {
 
 LayerOutputs cuda_normalized_forward(const Call& call, const LayerInputs& in,
-                                     const ExtraTensors& extras, bool save);
+                                     const ExtraTensors& extras, bool save,
+                                     const PassOptions& options);
 NormalizedGradients cuda_normalized_backward(const Call& call, const LayerInputs& in,
                                              const ExtraTensors& extras, const Saved& saved,
                                              const LayerGradients& d,
-                                             const NormalizedWanted& wanted);
+                                             const NormalizedWanted& wanted,
+                                             const PassOptions& options);
 
 }  // namespace rnn_ext

@@ -36,11 +36,13 @@ Call check(const LayerInputs& in, const ExtraTensors& extras) {
 }
 
 template <class value>
-Plan plan_of(const Call& call) {
+Plan plan_of(const Call& call, const PassOptions& options) {
   const Sizes& s = call.sizes;
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return choose_row_plan({call.steps, call.batch, s.input, s.hidden, s.output, call.gates,
-                          long(sizeof(value)), threads});
+  const bool part = options.planned_steps > 0;
+  return choose_row_plan({part ? options.planned_steps : call.steps,
+                          part ? options.planned_batch : call.batch, s.input, s.hidden, s.output,
+                          call.gates, long(sizeof(value)), threads});
 }
 
 template <class value>
@@ -59,7 +61,7 @@ const NormalizedKernels<BFloat16>& table(const Kernels& k, BFloat16) {
 
 template <class value>
 LayerOutputs forward(const Call& call, const Kernels& kernels, const LayerInputs& in,
-                     const ExtraTensors& extras, bool save) {
+                     const ExtraTensors& extras, bool save, const PassOptions& options) {
   using real = Real<value>;
   const Sizes& s = call.sizes;
   const bool lstm = in.c0.has_value();
@@ -70,14 +72,14 @@ LayerOutputs forward(const Call& call, const Kernels& kernels, const LayerInputs
     if (lstm) out.saved.cells = large_empty(call.laid_out(s.hidden), kDtype<real>);
     const long width =
         kernels.record_width(call.kind, s.hidden, extras[0].has_value(), sizeof(real));
-    out.saved.gates = large_empty({call.rows, width}, kDtype<real>);
+    if (options.keep_gates) out.saved.gates = large_empty({call.rows, width}, kDtype<real>);
   } else if (lstm) {
     out.c_n = running_cells<real>(call, in);
   }
   Operands operands;
   NormalizedForwardArgs<value> args{};
   operands.inputs<value>(call, in, args.layer);
-  args.layer.plan = plan_of<value>(call);
+  args.layer.plan = plan_of<value>(call, options);
   args.extras = read<value>(operands, extras);
   args.layer.out = writable<value>(states);
   args.layer.c = writable<real>(save ? out.saved.cells : out.c_n);
@@ -91,13 +93,19 @@ LayerOutputs forward(const Call& call, const Kernels& kernels, const LayerInputs
 template <class value>
 NormalizedGradients backward(const Call& call, const Kernels& kernels, const LayerInputs& in,
                              const ExtraTensors& extras, const Saved& saved,
-                             const LayerGradients& d, const NormalizedWanted& wanted) {
+                             const LayerGradients& d, const NormalizedWanted& wanted,
+                             const PassOptions& options) {
   using real = Real<value>;
+  const bool add = !options.sums.empty();
   NormalizedGradients out;
   const std::array<OptionalTensor, kLayerInputs> given{in.input, in.h0,   in.c0,   in.w_ih,
                                                        in.w_hh,  in.b_ih, in.b_hh, {}};
   const auto allocate = [&](int i, const OptionalTensor& like) {
     if (!wanted[i] || !like) return;
+    if (add && i >= kFirstWeight) {
+      out[i] = options.sums[i - kFirstWeight];
+      return;
+    }
     const at::ScalarType dtype = i == 0 ? kDtype<value> : kDtype<real>;
     const bool all_written = call.rows && i != 1 && i != 2;
     out[i] = all_written ? large_empty(like->sizes(), dtype) : at::zeros(like->sizes(), dtype);
@@ -111,10 +119,14 @@ NormalizedGradients backward(const Call& call, const Kernels& kernels, const Lay
   Operands operands;
   NormalizedBackwardArgs<value> args{};
   operands.inputs<value>(call, in, args.layer);
-  args.layer.plan = plan_of<value>(call);
+  args.layer.plan = plan_of<value>(call, options);
   args.extras = read<value>(operands, extras);
   operands.upstream<value>(saved, d, args.layer);
   write_gradients<value>(call, out, args.layer);
+  args.layer.add = add;
+  args.layer.clip = options.clip;
+  args.layer.limit = options.limit;
+  args.layer.dh_norms = options.dh_norms.defined() ? writable<real>(options.dh_norms) : nullptr;
   args.d_gain_ih = writable<real>(out[8]);
   args.d_gain_hh = writable<real>(out[9]);
   args.d_gain_cell = writable<real>(out[10]);
@@ -123,32 +135,45 @@ NormalizedGradients backward(const Call& call, const Kernels& kernels, const Lay
   if (call.rows) table(kernels, value{}).backward(call.kind, args);
   for (int i = 0; i < kNormalizedInputs; i++) {
     if (!wanted[i]) out[i].reset();
-    if (out[i]) out[i] = converted(*out[i], call.dtype);
+    if (out[i] && !add) out[i] = converted(*out[i], call.dtype);
   }
   return out;
 }
 
+void check_on_cuda(const LayerInputs& in) {
+  TORCH_CHECK(!in.hold_h, in.cell,
+              ": layer normalisation and peepholes have no CUDA kernel with zoneout");
+}
+
 }  // namespace
 
-LayerOutputs normalized_forward(const LayerInputs& in, const ExtraTensors& extras, bool save) {
+LayerOutputs normalized_forward(const LayerInputs& in, const ExtraTensors& extras, bool save,
+                                const PassOptions& options) {
   const Call call = check(in, extras);
   if constexpr (kHasCudaKernels)
-    if (on_cuda(in.input)) return cuda_normalized_forward(call, in, extras, save);
+    if (on_cuda(in.input)) {
+      check_on_cuda(in);
+      return cuda_normalized_forward(call, in, extras, save, options);
+    }
   const Kernels& kernels = active_kernels();
   return with_value(call, kernels, [&](auto value) {
-    return forward<decltype(value)>(call, kernels, in, extras, save);
+    return forward<decltype(value)>(call, kernels, in, extras, save, options);
   });
 }
 
 NormalizedGradients normalized_backward(const LayerInputs& in, const ExtraTensors& extras,
                                         const Saved& saved, const LayerGradients& d,
-                                        const NormalizedWanted& wanted) {
+                                        const NormalizedWanted& wanted,
+                                        const PassOptions& options) {
   const Call call = check(in, extras);
   if constexpr (kHasCudaKernels)
-    if (on_cuda(in.input)) return cuda_normalized_backward(call, in, extras, saved, d, wanted);
+    if (on_cuda(in.input)) {
+      check_on_cuda(in);
+      return cuda_normalized_backward(call, in, extras, saved, d, wanted, options);
+    }
   const Kernels& kernels = kernels_named(saved.isa);
   return with_value(call, kernels, [&](auto value) {
-    return backward<decltype(value)>(call, kernels, in, extras, saved, d, wanted);
+    return backward<decltype(value)>(call, kernels, in, extras, saved, d, wanted, options);
   });
 }
 

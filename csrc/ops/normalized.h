@@ -10,10 +10,13 @@ using ExtraTensors = std::array<OptionalTensor, kExtras>;
 using NormalizedGradients = std::array<OptionalTensor, kNormalizedInputs>;
 using NormalizedWanted = std::array<bool, kNormalizedInputs>;
 
-// What is saved for the backward pass beside states and cells are records, in the place of gates.
-LayerOutputs normalized_forward(const LayerInputs& in, const ExtraTensors& extras, bool save);
+// What is saved for the backward pass beside states and cells are records, in the place of gates. The
+// options' sums are of the extras, too, after those of the weights.
+LayerOutputs normalized_forward(const LayerInputs& in, const ExtraTensors& extras, bool save,
+                                const PassOptions& options = {});
 NormalizedGradients normalized_backward(const LayerInputs& in, const ExtraTensors& extras,
                                         const Saved& saved, const LayerGradients& d,
-                                        const NormalizedWanted& wanted);
+                                        const NormalizedWanted& wanted,
+                                        const PassOptions& options = {});
 
 }  // namespace rnn_ext

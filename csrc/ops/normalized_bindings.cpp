@@ -1,7 +1,5 @@
 // The part of rnn_ext._C for layer normalisation and peepholes.
 #include <ATen/Parallel.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include "../cpu/dispatch.h"
 #include "bindings.h"
@@ -11,25 +9,13 @@ namespace rnn_ext {
 namespace {
 
 namespace py = pybind11;
-using at::Tensor;
-using InputTensors = std::array<OptionalTensor, kLayerInputs>;
-
-LayerInputs inputs(const std::string& cell, const InputTensors& t,
-                   const OptionalTensor& batch_sizes, bool reverse, const OptionalTensor& resets) {
-  return {cell, t[0].value(), t[1].value(), t[2],        t[3].value(), t[4].value(),
-          t[5], t[6],         t[7],         batch_sizes, reverse,      resets};
-}
 
 // output, h_n, c_n and, with `save`, states, cells, records and isa.
 py::tuple forward(const std::string& cell, const InputTensors& tensors, const ExtraTensors& extras,
                   const OptionalTensor& batch_sizes, bool reverse, const OptionalTensor& resets,
-                  bool save) {
-  const LayerInputs in = inputs(cell, tensors, batch_sizes, reverse, resets);
-  LayerOutputs out;
-  {
-    py::gil_scoped_release release;
-    out = normalized_forward(in, extras, save);
-  }
+                  const Holds& zoneout, bool save) {
+  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets, zoneout);
+  LayerOutputs out = without_gil([&] { return normalized_forward(in, extras, save); });
   if (!save) return py::make_tuple(out.output, out.h_n, out.c_n);
   return py::make_tuple(out.output, out.h_n, out.c_n, out.saved.states, out.saved.cells,
                         out.saved.gates, out.saved.isa);
@@ -39,15 +25,14 @@ py::tuple forward(const std::string& cell, const InputTensors& tensors, const Ex
 // and the extras.
 NormalizedGradients backward(const std::string& cell, const InputTensors& tensors,
                              const ExtraTensors& extras, const OptionalTensor& batch_sizes,
-                             bool reverse, const OptionalTensor& resets,
+                             bool reverse, const OptionalTensor& resets, const Holds& zoneout,
                              const std::array<OptionalTensor, 3>& kept, const std::string& isa,
                              const std::array<OptionalTensor, 4>& upstream,
                              const NormalizedWanted& wanted) {
-  const LayerInputs in = inputs(cell, tensors, batch_sizes, reverse, resets);
+  const LayerInputs in = layer_inputs(cell, tensors, batch_sizes, reverse, resets, zoneout);
   const Saved saved{kept[0].value(), kept[1], kept[2], {}, isa};
   const LayerGradients d{upstream[0], upstream[1], upstream[2], upstream[3]};
-  py::gil_scoped_release release;
-  return normalized_backward(in, extras, saved, d, wanted);
+  return without_gil([&] { return normalized_backward(in, extras, saved, d, wanted); });
 }
 
 // As `plan_cpu` has it of plain layers.

@@ -24,13 +24,17 @@ struct Given {
 
 // h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, then the extras.
 Given given(const std::string& cell, const Tensor& input, const OptionalTensors& tensors,
-            const OptionalTensor& batch_sizes, bool reverse, const OptionalTensor& resets) {
+            const OptionalTensor& batch_sizes, bool reverse, const OptionalTensor& resets,
+            const OptionalTensor& hold_h, const OptionalTensor& hold_c) {
   TORCH_CHECK(tensors.size() == kNormalizedInputs - 1, "rnn_ext: takes ", kNormalizedInputs - 1,
               " tensors, got ", tensors.size());
   const auto t = [&](size_t k) -> OptionalTensor { return tensors[k]; };
   TORCH_CHECK(t(0) && t(2) && t(3), "rnn_ext: h0, w_ih and w_hh must be given");
-  return {{cell, input, *t(0), t(1), *t(2), *t(3), t(4), t(5), t(6), batch_sizes, reverse, resets},
+  Given g{{cell, input, *t(0), t(1), *t(2), *t(3), t(4), t(5), t(6), batch_sizes, reverse, resets},
           {t(7), t(8), t(9), t(10), t(11)}};
+  g.in.hold_h = hold_h;
+  g.in.hold_c = hold_c;
+  return g;
 }
 
 // An operator's results must not be its inputs, nor each other.
@@ -45,8 +49,9 @@ OptionalTensor present(const Tensor& t) {
 // output, h_n and, of the LSTM, c_n and, if asked for, cells.
 std::vector<Tensor> layer(const std::string& cell, const Tensor& input,
                           const OptionalTensors& tensors, const OptionalTensor& batch_sizes,
-                          bool reverse, bool return_cells, const OptionalTensor& resets) {
-  const Given g = given(cell, input, tensors, batch_sizes, reverse, resets);
+                          bool reverse, bool return_cells, const OptionalTensor& resets,
+                          const OptionalTensor& hold_h, const OptionalTensor& hold_c) {
+  const Given g = given(cell, input, tensors, batch_sizes, reverse, resets, hold_h, hold_c);
   const bool lstm = cell == "lstm";
   LayerOutputs out = normalized_forward(g.in, g.extras, lstm && return_cells);
   std::vector<Tensor> results{std::move(out.output), std::move(out.h_n)};
@@ -59,8 +64,9 @@ std::vector<Tensor> layer(const std::string& cell, const Tensor& input,
 // `states` and `wide_cells` where they would repeat `output` and `cells`.
 std::vector<Tensor> forward(const std::string& cell, const Tensor& input,
                             const OptionalTensors& tensors, const OptionalTensor& batch_sizes,
-                            bool reverse, const OptionalTensor& resets) {
-  const Given g = given(cell, input, tensors, batch_sizes, reverse, resets);
+                            bool reverse, const OptionalTensor& resets,
+                            const OptionalTensor& hold_h, const OptionalTensor& hold_c) {
+  const Given g = given(cell, input, tensors, batch_sizes, reverse, resets, hold_h, hold_c);
   LayerOutputs out = normalized_forward(g.in, g.extras, true);
   OptionalTensor states, cells = out.saved.cells, wide_cells;
   if (!out.saved.states.is_same(out.output)) states = out.saved.states;
@@ -83,8 +89,9 @@ std::vector<Tensor> backward(const std::string& cell, const Tensor& input,
                              const OptionalTensors& tensors, const OptionalTensor& batch_sizes,
                              bool reverse, const std::vector<Tensor>& kept,
                              const OptionalTensors& upstream, const c10::List<bool>& wanted,
-                             const OptionalTensor& resets) {
-  const Given g = given(cell, input, tensors, batch_sizes, reverse, resets);
+                             const OptionalTensor& resets, const OptionalTensor& hold_h,
+                             const OptionalTensor& hold_c) {
+  const Given g = given(cell, input, tensors, batch_sizes, reverse, resets, hold_h, hold_c);
   TORCH_CHECK(kept.size() == 5 && upstream.size() == 4 && wanted.size() == kNormalizedInputs,
               "rnn_ext: what was saved, or the gradients, do not fit the layer");
   const OptionalTensor wide_cells = present(kept[3]);
@@ -109,14 +116,15 @@ TORCH_LIBRARY_FRAGMENT(rnn_ext, m) {
   m.set_python_module("rnn_ext.normalized");
   m.def(
       "normalized_layer(str cell, Tensor input, Tensor?[] tensors, Tensor? batch_sizes, "
-      "bool reverse, bool return_cells, Tensor? resets=None) -> Tensor[]");
+      "bool reverse, bool return_cells, Tensor? resets=None, Tensor? hold_h=None, "
+      "Tensor? hold_c=None) -> Tensor[]");
   m.def(
       "normalized_forward(str cell, Tensor input, Tensor?[] tensors, Tensor? batch_sizes, "
-      "bool reverse, Tensor? resets=None) -> Tensor[]");
+      "bool reverse, Tensor? resets=None, Tensor? hold_h=None, Tensor? hold_c=None) -> Tensor[]");
   m.def(
       "normalized_backward(str cell, Tensor input, Tensor?[] tensors, Tensor? batch_sizes, "
-      "bool reverse, Tensor[] kept, Tensor?[] upstream, bool[] wanted, Tensor? resets=None) "
-      "-> Tensor[]");
+      "bool reverse, Tensor[] kept, Tensor?[] upstream, bool[] wanted, Tensor? resets=None, "
+      "Tensor? hold_h=None, Tensor? hold_c=None) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, CPU, m) {
