@@ -3,11 +3,13 @@
 # PYTHON=...      use this interpreter (an environment of yours, with its torch) instead of .venv
 # TORCH_SPEC=...  what to install where no torch is found (default torch==2.13.0)
 # BASE_PYTHON=... what .venv is made with (default python3)
+# JOBS=...        files of tests that run side by side (default 2; 0: in one process, for --pdb)
 # ARGS=...        passed on: make test ARGS="-k gru", make demo ARGS="--cell gru"
 # STAGE=...       stages of make gpu: make gpu STAGE="build tests" (default: all; docs/gpu.md)
 
 VENV := .venv
 BASE_PYTHON := python3
+JOBS := 2
 PY := $(if $(PYTHON),$(PYTHON),$(VENV)/bin/python)
 SETUP := $(PY) tools/dev_setup.py
 CLIENTS := $(VENV)/clients
@@ -52,7 +54,7 @@ examples: environment
 test: environment
 	@$(SETUP) build test
 	@$(SETUP) examples
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # Programs from PyPI, in an environment of their own that sees this one's packages.
 test-clients: environment

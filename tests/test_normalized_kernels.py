@@ -53,9 +53,26 @@ def test_threads_share_the_work(kind, shape, threads, nan_filled):
     check(kind, shape, torch.float32, ragged=ragged, reverse=ragged)
 
 
+FEW = (7, 3, 10, 100)  # sequences, so that threads split the columns of the product
+
+
+@pytest.mark.parametrize("threads", [2, 3], indirect=True)
+@pytest.mark.parametrize("resets", [{}, {"restored": True}], ids=["", "resets"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_result_does_not_depend_on_the_number_of_threads(kind):
-    case = make_normalized(kind, (40, 6, 30, 48)).to(torch.float32)
+def test_threads_share_the_columns(kind, variant, resets, threads, nan_filled):
+    assert split_of(kind, FEW) == "columns"
+    check(kind, FEW, torch.float32, **resets, **VARIANTS[variant])
+
+
+def split_of(kind, shape):
+    return _C.plan_rows(make_normalized(kind, shape).cell, "float32", *shape)["split"]
+
+
+@pytest.mark.parametrize("shape", [(40, 6, 30, 48), FEW], ids=["rows", "columns"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_result_does_not_depend_on_the_number_of_threads(kind, shape):
+    case = make_normalized(kind, shape).to(torch.float32)
     before, found = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -240,11 +257,12 @@ def test_how_many_threads_is_a_function_of_the_shape():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert plan(1)["threads"] == 1 and "one sequence" in plan(1)["reason"]
-        assert plan(2) | {"threads": 2, "split": "rows"} == plan(2)
-        assert (
-            plan(32, 1)["threads"] == 2
-            and _C.plan_rows("gru", "float32", 1, 2, 4, 4)["threads"] == 1
-        )
+        for batch in (1, 3):
+            assert plan(batch) | {"threads": 2, "split": "columns"} == plan(batch)
+        assert plan(4) | {"threads": 2, "split": "rows"} == plan(4)
+        assert plan(32, 1)["threads"] == 2
+        small = _C.plan_rows("gru", "float32", 900, 1, 20, 20)
+        assert small["threads"] == 1 and "one sequence" in small["reason"]
+        assert _C.plan_rows("gru", "float32", 1, 2, 4, 4)["threads"] == 1
     finally:
         torch.set_num_threads(before)

@@ -33,6 +33,7 @@ PACKAGES = {
     "demo": ["tqdm", "matplotlib"],
     "test": [
         "pytest>=8",
+        "pytest-xdist",
         "hypothesis",
         "expecttest",
         "pyyaml",

@@ -5,7 +5,8 @@
 //   then for all rows at once: back through the normalisation of W x, with the gradients of gains,
 //   biases and peepholes as sums over blocks of rows; and each weight's gradient and dx are one
 //   product.
-// Threads own sequences in the loop, and share blocks of rows, then rows of the weights, after it.
+// In the loop threads have their shares of rows or columns (RowShare); after it they share blocks of
+// rows, then rows of the weights.
 #pragma once
 #include "gradient_control.h"
 #include "normalized_forward.h"
@@ -102,23 +103,26 @@ class NormalizedBackward {
   SumOrder order() const { return {!a_.steps.reverse, a_.add}; }
 
   void step(const Member& member, long t) const {
-    const long rows = a_.steps.rows(t), last = member.end(a_.steps.batch);
-    const long r0 = member.begin(a_.steps.batch), r1 = last < rows ? last : rows;
-    if (r0 >= r1) return;
+    const RowShare share(member, a_.plan, a_.steps.batch, a_.steps.rows(t));
+    const long r0 = share.first, r1 = share.last;
     for (long r = r0; r < r1; r++) {
       backward<0>(member, t, r);
       for (int k = Cell::phases - 1; k < w_.columns.groups; k++) to_products(t, r, k);
     }
+    share.wait();
     if constexpr (Cell::phases == 2) {
-      multiply(1, t, r0, r1, reset_, false);
+      multiply(share, 1, t, reset_, false);
+      share.wait();
       for (long r = r0; r < r1; r++) {
         backward<1>(member, t, r);
         to_products(t, r, 0);
       }
+      share.wait();
     }
     for (int k = 0; k < (Cell::phases == 2 ? 1 : w_.columns.groups); k++)
-      multiply(k, t, r0, r1, carry_, true);
-    if (a_.resets.among(a_.steps.begin(t), rows))
+      multiply(share, k, t, carry_, true);
+    share.wait();
+    if (a_.resets.among(a_.steps.begin(t), a_.steps.rows(t)))
       for (long r = r0; r < r1; r++)
         if (before_.afresh(t, r)) cut(r);
     for (long r = r0; r < r1; r++) keep_previous(t, r);
@@ -201,11 +205,12 @@ class NormalizedBackward {
       for_registers<real>(count, [&](long i, int n) { store(out + i, load(d + i, n), n); });
   }
 
-  // sum (+)= dL/d(U h') of a group times U, for rows [r0, r1) of step t
-  void multiply(int k, long t, long r0, long r1, real* sum, bool add) const {
+  // sum (+)= dL/d(U h') of a group times U, for a share of step t
+  void multiply(const RowShare& share, int k, long t, real* sum, bool add) const {
     const value* d = of_state_ + a_.steps.begin(t) * width_ + w_.columns.at[k];
     const int most = tile_rows<value, 2>(width_);
-    for (long p = 0; p < state_[k].count(); p++)
+    const long panels = state_[k].count(), r0 = share.product_first, r1 = share.product_last;
+    for (long p = share.begin(panels); p < share.end(panels); p++)
       for_row_blocks(r0, r1, most, [&](long row, int count) {
         tile_long<value, 2>(count, state_[k].depth, d + row * width_, width_, kTogether<value>,
                             state_[k].panel(p), sum + row * state_width_ + p * panel_width,

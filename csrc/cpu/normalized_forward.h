@@ -2,7 +2,9 @@
 // peepholes.
 //   per chunk of steps: W x of the chunk, normalised, for all its rows at once;
 //   per step: U h' of whole rows, normalised, then the cell row by row.
-// Threads share the rows of a chunk's projection, then own sequences and do not wait in the loop.
+// Threads share the rows of a chunk's projection. In the loop they own sequences and do not wait; or,
+// where those are few, they share the columns of U h' and then finish the rows that they own, with a
+// barrier before and after.
 #pragma once
 #include "forward.h"
 #include "normalized_layout.h"
@@ -119,29 +121,29 @@ class NormalizedForward {
   }
 
   void step(const Member& member, long t, long low) const {
-    const long rows = a_.steps.rows(t), last = member.end(a_.steps.batch);
-    const long r0 = member.begin(a_.steps.batch), r1 = last < rows ? last : rows;
-    if (r0 >= r1) return;
-    const long carried = a_.steps.carried(t);
-    const long middle = r0 > carried ? r0 : r1 < carried ? r1 : carried;
-    const bool* resets = a_.resets.among(a_.steps.begin(t), rows);
-    if (resets)
-      for (long r = r0; r < r1; r++)
+    const RowShare share(member, a_.plan, a_.steps.batch, a_.steps.rows(t));
+    const bool* resets = a_.resets.among(a_.steps.begin(t), a_.steps.rows(t));
+    if (resets) {
+      for (long r = share.first; r < share.last; r++)
         std::memcpy(previous_ + r * w_.hidden, before_.state(t, r), w_.hidden * sizeof(value));
-    for (int phase = 0; phase < Cell::phases; phase++) {
-      for (int k = 0; k < w_.columns.groups; k++) {
-        if (Cell::phases == 2 && k != phase) continue;
-        if (phase == 1)
-          multiply(k, t, middle_, r0, r1);
-        else if (resets)
-          multiply(k, t, previous_, r0, r1);
-        else {
-          if (r0 < middle) multiply(k, t, before_.state(t, r0) - r0 * w_.hidden, r0, middle);
-          multiply(k, t, a_.h0, middle, r1);
-        }
-      }
-      for (long r = r0; r < r1; r++) finish(member, phase, t, r, low);
+      share.wait();
     }
+    for (int phase = 0; phase < Cell::phases; phase++) {
+      for (int k = 0; k < w_.columns.groups; k++)
+        if (Cell::phases == 1 || k == phase) multiply(share, k, t, phase == 1, resets);
+      share.wait();
+      for (long r = share.first; r < share.last; r++) finish(member, phase, t, r, low);
+      share.wait();
+    }
+  }
+
+  void multiply(const RowShare& share, int k, long t, bool of_middle, bool resets) const {
+    const long r0 = share.product_first, r1 = share.product_last, carried = a_.steps.carried(t);
+    if (of_middle) return multiply(share, k, t, middle_, r0, r1);
+    if (resets) return multiply(share, k, t, previous_, r0, r1);
+    const long middle = r0 > carried ? r0 : r1 < carried ? r1 : carried;
+    if (r0 < middle) multiply(share, k, t, before_.state(t, r0) - r0 * w_.hidden, r0, middle);
+    multiply(share, k, t, a_.h0, middle, r1);
   }
 
   real* products_of(long t, long row) const {
@@ -151,10 +153,11 @@ class NormalizedForward {
   }
 
   // U h' of group k for rows [r0, r1) of `operand`
-  void multiply(int k, long t, const value* operand, long r0, long r1) const {
+  void multiply(const RowShare& share, int k, long t, const value* operand, long r0,
+                long r1) const {
     const long stride = keep_ && w_.normalized ? record_.size() : w_.columns.width;
     const int most = tile_rows<value, 2>(w_.hidden);
-    for (long p = 0; p < state_[k].count(); p++)
+    for (long p = share.begin(state_[k].count()); p < share.end(state_[k].count()); p++)
       for_row_blocks(r0, r1, most, [&](long row, int count) {
         state_[k].multiply(p, count, operand + row * w_.hidden, w_.hidden,
                            products_of(t, row) + w_.columns.at[k] + p * 2 * kLanes<value>, stride,

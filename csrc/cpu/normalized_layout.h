@@ -77,6 +77,27 @@ void fill_weights(const Weights<value>& weights, const Extras<value>& extras,
   copy(w.peephole, extras.peephole, 3 * hidden, 0);
 }
 
+// What a member does of a step: rows of the batch that are its own, all columns of their product or,
+// where columns are split, its columns of all rows' product.
+struct RowShare {
+  const Member& member;
+  const bool columns;
+  long first, last, product_first, product_last;
+
+  RowShare(const Member& m, const Plan& plan, long batch, long rows)
+      : member(m), columns(plan.split == Split::kColumns) {
+    last = m.end(batch) < rows ? m.end(batch) : rows;
+    first = m.begin(batch) < last ? m.begin(batch) : last;
+    product_first = columns ? 0 : first;
+    product_last = columns ? rows : last;
+  }
+  long begin(long panels) const { return columns ? member.begin(panels) : 0; }
+  long end(long panels) const { return columns ? member.end(panels) : panels; }
+  void wait() const {
+    if (columns) member.wait();
+  }
+};
+
 // The previous states of the rows of a step. Rows of a step up to `carried` follow in order.
 template <class value>
 struct Before {

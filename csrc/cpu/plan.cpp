@@ -20,6 +20,8 @@ constexpr long kMaxSharedWeightBytes = 1 << 20;
 // Below this many rows in all, copying the weights costs more than reading them where they are.
 constexpr long kMinRowsToPack = 8;
 constexpr long kUnitsPerColumn = 16;
+// A product without gates side by side has two registers of them.
+constexpr long kUnitsPerPanel = 32;
 // A piece of the backward walk is so long that what each needs afresh (weights in the cache,
 // barriers) is little beside its products, and so short that working memory is little beside what
 // a layer saves, which grows with the gates: LSTM layers can afford twice the rows where their
@@ -72,8 +74,13 @@ Plan choose_row_plan(const PlanShape& s) {
   if (s.max_threads <= 1) return {1, Split::kNone, pack, "one thread is all there is", 0};
   if (flops < kMinFlopsForTeam)
     return {1, Split::kNone, pack, "too little work for a team of threads", 0};
+  const double flops_per_step = 2.0 * s.gates * s.hidden * s.output * s.batch;
+  if (s.batch < 2 * s.max_threads && s.hidden >= kUnitsPerPanel * s.max_threads &&
+      flops_per_step >= 2 * kMinFlopsPerBarrier)
+    return {s.max_threads, Split::kColumns, pack,
+            "columns of the product split, two barriers a step", 0};
   if (s.batch == 1)
-    return {1, Split::kNone, pack, "there is one sequence, and rows are not split", 0};
+    return {1, Split::kNone, pack, "one sequence, and too little work in a step for barriers", 0};
   return {s.max_threads, Split::kRows, pack, "each thread has its own sequences", 0};
 }
 

@@ -27,7 +27,8 @@ struct Plan {
 Plan choose_plan(const PlanShape& shape);
 // For tests: pieces of the backward walk are as short as they can be.
 void shorten_pieces(bool on);
-// For a layer that looks at whole rows (normalized_forward.h): units cannot be split.
+// For a layer that looks at whole rows (normalized_forward.h): one more barrier a step where columns
+// are split, between the product and what is done with the rows.
 Plan choose_row_plan(const PlanShape& shape);
 
 // The same for a layer with that many directions. Side by side, each has a thread of its own.

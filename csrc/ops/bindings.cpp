@@ -180,12 +180,11 @@ py::dict plan_cpu(const std::string& cell, const std::string& dtype, long steps,
       choose_plan({steps, batch, input, hidden, output, cell_gates(cell_kind(cell)), value_bytes,
                    at::get_num_threads()},
                   directions);
-  static const char* const splits[] = {"none", "rows", "columns"};
   py::dict d;
   d["kernel"] = "cpu";
   d["isa"] = active_kernels().name;
   d["threads"] = plan.threads;
-  d["split"] = splits[static_cast<int>(plan.split)];
+  d["split"] = split_name(plan.split);
   d["packed"] = plan.pack;
   d["piece_rows"] = plan.piece_rows;
   d["reason"] = plan.reason;

@@ -12,6 +12,11 @@ void define_partial(pybind11::module_& m);
 void define_generation(pybind11::module_& m);
 void define_online(pybind11::module_& m);
 
+inline const char* split_name(Split split) {
+  static const char* const names[] = {"none", "rows", "columns"};
+  return names[static_cast<int>(split)];
+}
+
 // Leaves the interpreter lock to other threads while f computes.
 template <class Function>
 auto without_gil(const Function& f) {

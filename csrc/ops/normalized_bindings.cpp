@@ -47,7 +47,7 @@ py::dict plan_rows(const std::string& cell, const std::string& dtype, long steps
   d["kernel"] = "cpu";
   d["isa"] = active_kernels().name;
   d["threads"] = plan.threads;
-  d["split"] = plan.split == Split::kRows ? "rows" : "none";
+  d["split"] = split_name(plan.split);
   d["packed"] = plan.pack;
   d["reason"] = plan.reason;
   return d;
