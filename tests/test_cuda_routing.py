@@ -278,6 +278,14 @@ def test_normalised_layers_run_step_by_step(built):
             module(x)
 
 
+def test_normalised_layers_under_control_and_with_zoneout(built):
+    module, x = on_cuda("LSTM", layer_norm=True, grad_clip=1.0, checkpoint_every=2)
+    assert rnn_ext.explain(module, x).steps[0].kernel == "cuda-step"
+    module, x = on_cuda("GRU", layer_norm=True, zoneout=0.5)
+    (step,) = rnn_ext.explain(module, x).steps
+    assert step.kernel == "reference" and step.reason.endswith("no CUDA kernel with zoneout")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fake_kernels_know_what_normalised_layers_save_on_cuda(dtype):
     with FakeTensorMode():
