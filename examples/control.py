@@ -6,7 +6,8 @@
 
 CartPole of gymnasium shows positions and velocities. Here the policy sees the two positions alone,
 and its recurrent layer has to find out how fast they change. It learns by PPO (Schulman et al.
-2017): --batch carts run for --window steps, then the policy is improved on what they did.
+2017, in ppo.py): --batch carts run for --window steps, then the policy is improved on what they
+did, by backpropagation through all steps of the window.
 
 Poles fall at any time: a window of one cart holds ends and beginnings of episodes. With rnn_ext one
 call runs all steps of all carts; resets= says where an episode begins, and no state and no gradient
@@ -20,13 +21,13 @@ from statistics import mean, median
 
 import common
 import plots
+import ppo
 import torch
 import training
 from cartpole import LONGEST, VISIBLE, Carts
 from common import InputError, positive
 from outputs import Checkpoint
 from torch import nn
-from torch.nn.functional import logsigmoid, softplus
 from training import Score, map_state
 
 import rnn_ext
@@ -34,8 +35,6 @@ import rnn_ext
 KIND = "rnn_ext control 1"
 QUICK = {"window": 64, "steps": 30}
 STEPS, LONG_STEPS = 80, 200
-DISCOUNT, TRACE = 0.99, 0.95  # of the advantages (GAE, Schulman et al. 2016)
-PASSES, PARTS, RATIO, ENTROPY, REWARD = 4, 2, 0.2, 0.005, 0.05  # of PPO
 
 
 class LoopOverCells(nn.Module):
@@ -98,27 +97,19 @@ class ControlLearner(training.Learner):
     def train_step(self, step):
         (seen, new, valid, right, logit, value, *results), last, state = self.drive()
         start = time.perf_counter()
-        advantages = estimate_advantages(value, last, *results)
-        data = seen, new, valid, right, log_probability(logit, right), advantages, value
-        for _ in range(PASSES):
-            for part in torch.randperm(self.args.batch).chunk(PARTS):
+        advantages = ppo.estimate_advantages(value, last, *results)
+        data = right, ppo.log_probability(logit, right), value, advantages, valid
+        for _ in range(ppo.PASSES):
+            for part in torch.randperm(self.args.batch).chunk(ppo.PARTS):
                 begun = map_state(lambda s, part=part: s[:, part], self.begun)
-                loss = self.loss(begun, *(x[:, part] for x in data))
+                *now, _ = self.model(seen[:, part], begun, new[:, part])  # logits and values
+                loss = ppo.loss(*now, *(x[:, part] for x in data))
                 self.require_sane(self.descend(loss), step)
         self.begun = state
         self.learning.append(time.perf_counter() - start)
         self.state = (self.state + self.carts.returns)[-100:]
         self.carts.returns.clear()
         return 1 - mean(self.state or [0]) / LONGEST
-
-    def loss(self, begun, seen, new, valid, right, before, advantages, value_before):
-        logit, value, _ = self.model(seen, begun, new)
-        targets = value_before + advantages
-        advantages = (advantages - advantages[valid].mean()) / advantages[valid].std()
-        ratio = (log_probability(logit, right) - before).exp()
-        gain = torch.minimum(ratio * advantages, ratio.clamp(1 - RATIO, 1 + RATIO) * advantages)
-        entropy = softplus(logit) - logit * logit.sigmoid()
-        return ((value - targets).square() / 2 - gain - ENTROPY * entropy)[valid].mean()
 
     def evaluate(self):
         """Mean return of 64 episodes, the same beginnings each time, the likelier action always."""
@@ -131,21 +122,6 @@ class ControlLearner(training.Learner):
             if not standing.any():
                 break
         return total / len(standing)
-
-
-def log_probability(logit, right):
-    return logsigmoid(torch.where(right > 0, logit, -logit))
-
-
-def estimate_advantages(value, last, rewards, fallen, over):
-    """[T, B]: how much better it went than expected. Nothing is carried over an episode's end."""
-    following = torch.cat([value[1:], last]) * ~fallen
-    errors = REWARD * rewards + DISCOUNT * following - value
-    advantages, carried = [], 0.0
-    for error, end in zip(errors.flip(0), over.flip(0), strict=True):
-        carried = error + DISCOUNT * TRACE * carried * ~end
-        advantages.append(carried)
-    return torch.stack(advantages).flip(0)
 
 
 def main(arguments):

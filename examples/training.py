@@ -133,7 +133,8 @@ def describe(args, model):
     """One line on the model and on what it is trained with."""
     size = sum(parameter.numel() for parameter in model.parameters())
     layers = f"{args.layers} layer{'s' * (args.layers > 1)} of {args.hidden} units"
-    place = f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    place = f"{args.device}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
     return f"{args.cell}, {layers}, {size:,} parameters, on {place}"
 
 

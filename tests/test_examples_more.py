@@ -38,11 +38,11 @@ def test_control_has_the_same_policy_in_both_libraries(cell):
 
 
 def test_control_estimates_advantages_as_their_definition():
-    control = importlib.import_module("control")
+    ppo = importlib.import_module("ppo")
     value, last = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[4.0]])
     rewards = torch.ones(3, 1)
     fallen = torch.tensor([[False], [True], [False]])
-    got = control.estimate_advantages(value, last, rewards, fallen, fallen)
+    got = ppo.estimate_advantages(value, last, rewards, fallen, fallen)
     errors = [0.05 + 0.99 * 2 - 1, 0.05 - 2, 0.05 + 0.99 * 4 - 3]
     expected = [errors[0] + 0.99 * 0.95 * errors[1], errors[1], errors[2]]
     torch.testing.assert_close(got.flatten(), torch.tensor(expected))
