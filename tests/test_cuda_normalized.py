@@ -96,7 +96,7 @@ def test_without_gradients_the_results_are_the_same(kind, dtype, nan_filled):
 def test_what_is_saved_has_the_width_that_compiled_models_expect(kind, dtype):
     case = make_normalized(kind, (3, 2, 4, 18)).to(dtype)
     *_, records, isa = emulated_modules()[0].normalized_forward(
-        case.cell, case.tensors[:8], case.tensors[8:], None, False, None, True
+        case.cell, case.tensors[:8], case.tensors[8:], None, False, None, None, True
     )
     compute = torch.promote_types(dtype, torch.float32)
     width = normalized._record_width(case.cell, 18, case.tensors[8] is not None, compute, True)
