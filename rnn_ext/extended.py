@@ -143,11 +143,6 @@ class ExtendedLayers(WithNormalization, WithStates, Replacement, torch.nn.RNNBas
         own = [f"hidden_size={self.hidden_size}"] if isinstance(self.hidden_size, tuple) else []
         return own + ["bias='single'"] * (self.bias == "single") + list(self._option_words)
 
-    def _unserved(self, x):
-        if x.is_cuda and self._whole_rows and self._probability("zoneout"):
-            return "layer_norm and peephole have no CUDA kernel with zoneout"
-        return None
-
     def extra_repr(self) -> str:
         text = super().extra_repr().replace("bias=single", "bias='single'")
         control = [] if self._control is None else [str(self._control)]

@@ -50,8 +50,6 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
             arXiv:1607.06450): parameters ``weight_layer_norm_ih_l0``, ``..._hh_l0``,
             ``..._cell_l0`` and ``bias_layer_norm_cell_l0``. Of the GRU, r and z are normalised
             together and n alone. For life; no ``proj_size``. On CUDA the kernels are step-wise.
-            Beside ``zoneout`` layers are there composed of torch operations, with a
-            `FallbackWarning`.
         learn_initial_state: the state where ``hx`` is None is a parameter, ``initial_h_l0`` (and
             ``initial_c_l0`` of the LSTM) of each layer and direction, zero at initialization. It
             is where sequences begin; where ``resets`` begin an episode, ``initial_state`` is.
@@ -171,7 +169,7 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
         x, batch_sizes, batch, states = arranged
         restored = self._checked_restored(input, batch, resets, initial_state)
         weights = self._weights()
-        reason = self._unserved(x) or uncovered(x, (*states, *(restored or ())), weights)
+        reason = uncovered(x, (*states, *(restored or ())), weights)
         run = None
         if self._whole_rows:
             reason, run = reason or normalized.uncovered(x), normalized.layer

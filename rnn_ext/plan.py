@@ -101,7 +101,7 @@ def explain(
     if arranged is None:
         raise ValueError(f"explain: {module} cannot take this input; calling it says why")
 
-    reason = module._unserved(x) or uncovered(x, states, weights)
+    reason = uncovered(x, states, weights)
     if getattr(module, "_whole_rows", False):
         reason = reason or normalized.uncovered(x)
     plans = []

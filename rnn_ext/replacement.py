@@ -45,10 +45,6 @@ class Replacement:
             tuple(hx) if pair and isinstance(hx[0], Tensor) and isinstance(hx[1], Tensor) else None
         )
 
-    def _unserved(self, x):
-        """Why no kernel on the device of ``x`` serves the layer (a phrase), or None."""
-        return None
-
     def _must_compose(self, reason, extra):
         """Whether torch operations serve what no kernel takes (says ``reason``), not the twin."""
         backend = current()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from cuda_on_cpu import pointer
-from step_cases import CELLS, Rows, structure
+from step_cases import CELLS, SHARE, Rows, Zoneout, structure
 
 from rnn_ext import reference
 
@@ -14,12 +14,13 @@ WEIGHTS = "b_ih b_hh gain_ih gain_hh gain_cell bias_cell peephole"
 RECORD = "gates u u_scale cell"
 Forward = structure(
     f"rows:rows hidden:long {WEIGHTS} x product restored_h restored_c restored_product "
-    f"second_product {RECORD} middle h h_state h_wide c_state cells"
+    f"second_product {RECORD} middle h h_state h_wide c_state cells zoneout:zoneout"
 )
 Backward = structure(
     f"rows:rows next:rows previous_count:long hidden:long {WEIGHTS} product second_product "
     f"{RECORD} h cells h_before cells_before h0 c0 restored_h restored_c sum_delta sum_h sum_c d_h "
-    "d_cells carry dc delta extra delta_u previous previous_c clip:int limit:double norms"
+    "d_cells carry dc delta extra delta_u previous previous_c clip:int limit:double norms x made "
+    "zoneout:zoneout"
 )
 GROUP = "rows:long columns:long first:long count:long groups:int group:int"
 NormalizeRows = structure(f"{GROUP} values scales")
@@ -36,6 +37,7 @@ class Case:
     hidden: int = 37
     inputs: int = 5
     grad_clip: float | tuple | None = None
+    zoneout: str | None = None  # "masks" or "share"
 
     @property
     def gates(self):
@@ -81,6 +83,9 @@ class Run:
         self.d_h, self.d_h_n = draw(rows, h), draw(batch, h)
         self.d_cells, self.d_c_n = draw(rows, h, there=lstm), draw(batch, h, there=lstm)
         self.offsets = np.cumsum(case.counts) - case.counts
+        self.holds = [random.random((rows, h)) < 0.3 for _ in range(1 + lstm)]
+        if case.zoneout != "masks":
+            self.holds = [np.array(SHARE if case.zoneout else 0.0)] * (1 + lstm)
 
     def check(self):
         self.forward()
@@ -95,6 +100,7 @@ class Run:
         weights += [w[name] for name in WEIGHTS.split()[2:]]
         options = {"batch_sizes": list(self.case.counts), "resets": self.resets}
         options |= {"reset_h": self.restored[0], "reset_c": self.restored[1]}
+        options["zoneout"] = (*self.holds, 0.0)[:2]
         result = reference.forward(self.case.cell, self.x, self.h0, self.c0, weights, **options)
         upstream = self.d_h, self.d_h_n, self.d_c_n, self.d_cells
         clip = {"grad_clip": self.case.grad_clip}
@@ -127,6 +133,9 @@ class Run:
         self._empty("cell", rows, 2)
         for name, value in {"h_state": self.h0, "c_state": self.c0, "resets": self.resets}.items():
             self._put(name, value)
+        if case.zoneout == "masks":
+            for name, hold in zip(("units_h", "units_c"), self.holds):
+                self._put(name, hold)
         self._put("restored_h", self.restored[0])
         self._put("restored_c", self.restored[1])
         recurrent = self.w_hh[: 2 * h] if case.cell == "gru_reset_before" else self.w_hh
@@ -140,6 +149,7 @@ class Run:
                 setattr(p, name, self._at(0, name)[0])
             for name in (*RECORD.split(), "middle", "h", "cells"):
                 setattr(p, name, self._at(at, name)[0])
+            p.zoneout = self._zoneout(at)
             self._call("run_normalized_forward", p, 0)
             if case.cell == "gru_reset_before":
                 second = own["middle"][at : at + count] @ self.w_hh[2 * h :].T
@@ -158,7 +168,7 @@ class Run:
         for name, value in given.items():
             self._put(name, value)
         each = {"delta": g * h, "delta_u": g * h, "extra": h, "previous": h, "previous_c": h}
-        each["norms"] = 1
+        each |= {"norms": 1, "made": h}
         kinds = {float: 1, tuple: 2}  # of Clip
         clip, limit = kinds.get(type(case.grad_clip), 0), case.grad_clip or 0.0
         limit = limit[1] if clip == 2 else limit
@@ -181,7 +191,8 @@ class Run:
         for step in reversed(range(len(case.counts))):
             at, count = self.offsets[step], case.counts[step]
             p = Backward(self._rows(step), following, hidden=h, product=pointer(product))
-            p.clip, p.limit = clip, limit
+            p.clip, p.limit, p.zoneout = clip, limit, self._zoneout(at)
+            (p.x,) = self._at(at, "wx")
             for name in (*WEIGHTS.split(), *shared):
                 setattr(p, name, self._at(0, name)[0])
             for name in (*RECORD.split(), "h", "cells", "d_h", "d_cells", *each):
@@ -199,7 +210,7 @@ class Run:
             product = own["delta_u"][part, :recurrent] @ self.w_hh[:recurrent]
             product, following = kernels.array(product, "product"), p.rows
         p = Backward(Rows(), following, hidden=h, product=pointer(product))
-        (p.carry,) = self._at(0, "carry")
+        (p.carry,), p.zoneout = self._at(0, "carry"), self._zoneout(0)
         self._call("run_normalized_backward", p, 0)
 
         delta_x = own["delta"]
@@ -236,6 +247,12 @@ class Run:
         rows = Rows(step, self.case.counts[step])
         (rows.resets,) = self._at(self.offsets[step], "resets")
         return rows
+
+    def _zoneout(self, row):
+        if not self.case.zoneout:
+            return Zoneout()
+        units_h, units_c = self._at(row, "units_h", "units_c")
+        return Zoneout(True, units_h, SHARE, units_c, SHARE)
 
     def _at(self, row, *names):
         """Addresses of a row of arrays, None for arrays that are not there."""

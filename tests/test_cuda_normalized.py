@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import VARIANTS, run, run_reference, with_resets
+from cases import SHARE, VARIANTS, run, run_reference, with_resets, with_zoneout
 from emulated import emulated_modules, emulation
 from gradient_cases import CLIPS, control, reference_gradients
 from hypothesis import given, settings
@@ -150,3 +150,27 @@ def test_less_is_kept_and_all_else_stays(kind, mode, dtype, monkeypatch, nan_fil
     for found, expected in zip(run(Control(**MODES[mode]).layer, case), run_ours(case)):
         for name in expected:
             assert error(found[name], expected[name].double()) <= tolerance, name
+
+
+@pytest.mark.parametrize("share", [None, SHARE], ids=["masks", "share"])
+@pytest.mark.parametrize("mode", MODES)
+@every_kind
+def test_states_that_are_held(kind, mode, share, nan_filled):
+    for variant, grad_clip in (("padded", None), ("ragged_reverse", CLIPS[1])):
+        case = make_normalized(kind, (6, 9, 5, 21), **VARIANTS[variant])
+        case = with_zoneout(with_resets(case, restored=True), share)
+        how = Control(**MODES[mode]) if grad_clip is None else control(grad_clip, **MODES[mode])
+        results, gradients = run(how.layer, case)
+        truth, exact = run_reference(case, grad_clip)
+        for name, value in (truth | exact).items():
+            assert error((results | gradients)[name], value) <= 1e-10, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rnn_relu"])  # has a kink
+def test_states_that_are_held_in_other_numbers(kind, dtype, nan_filled):
+    case = with_zoneout(make_normalized(kind, (5, 9, 4, 33), ragged=True))
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}[dtype]
+    for found, truth in zip(run_ours(case.to(dtype)), run_reference(case), strict=True):
+        for name, exact in truth.items():
+            assert error(found[name], exact) <= tolerance, name

@@ -1,5 +1,7 @@
 """The CUDA kernels of layer normalisation and peepholes: guarded memory, races, planted bugs."""
 
+from dataclasses import replace
+
 import pytest
 from cuda_on_cpu import WANTED, Kernels, Mutant, build_ahead, catch
 from normalized_step_cases import SOURCES, Case, Run
@@ -17,6 +19,12 @@ def test_results_without_races(case, seed):
     kernels = Kernels(SOURCES, race=True)
     kernels.schedule(seed=seed)
     Run(kernels, case).check()
+
+
+@pytest.mark.parametrize("zoneout", ["masks", "share"])
+@each_case
+def test_states_that_are_held(case, zoneout):
+    Run(Kernels(SOURCES, race=True), replace(case, zoneout=zoneout)).check()
 
 
 @pytest.mark.parametrize("hidden", [1, 3, 700])
@@ -92,8 +100,8 @@ MUTANTS = [
         "reset passes dc on",
         "lstm",
         BACKWARD,
-        "row.passed_on(unit, dc_prev, p.restored_sums.c)",
-        "dc_prev",
+        "row.passed_on(unit, dc_prev + kept, p.restored_sums.c)",
+        "dc_prev + kept",
     ),
     (
         "reset passes the carry on",
@@ -124,6 +132,42 @@ MUTANTS = [
         "load<R>(p.extra, row.state(column - 2 * hidden))",
         "row.delta(0, column)",
     ),
+    (
+        "c overwritten before it is held",
+        "lstm",
+        FORWARD,
+        "if (!p.zoneout.on) row.keep_c(unit, c);",
+        "row.keep_c(unit, c);",
+    ),
+    (
+        "a c that is held normalised",
+        "lstm",
+        BACKWARD,
+        "if (!p.zoneout.on) return load<R>(p.cells, row.state(unit));",
+        "if (unit >= 0) return load<R>(p.cells, row.state(unit));",
+    ),
+    (
+        "a held h for what the cell made",
+        "rnn_tanh",
+        BACKWARD,
+        "vjp(made(row, unit)",
+        "vjp(load<S>(row.p.h, row.state(unit))",
+    ),
+    (
+        "gradient of a held h lost",
+        "gru",
+        BACKWARD,
+        "carry + dh.held);\n      row",
+        "carry);\n      row",
+    ),
+    (
+        "gradient of a held h twice",
+        "lstm",
+        BACKWARD,
+        "return {dh - kept, kept};",
+        "return {dh, kept};",
+    ),
+    ("gradient of a held c lost", "lstm", BACKWARD, "dc_prev + kept,", "dc_prev,"),
     ("norm of one thread's units", "lstm", BACKWARD, "sqrt(block_sum(squares))", "sqrt(squares)"),
     ("norm that clips nothing", "gru", BACKWARD, "return dh * factor;", "return dh;"),
 ]
@@ -147,5 +191,9 @@ def built_ahead(request):
     "name, cell, file, old, new", MUTANTS, ids=[m[0].replace(" ", "-") for m in MUTANTS]
 )
 def test_a_planted_bug_is_caught(name, cell, file, old, new):
-    case = Case(cell, grad_clip=("norm", 1.0) if name.startswith("norm") else None)
-    catch(mutant_of(name, cell, file, old, new), SOURCES, lambda k: Run(k, case).check())
+    def run(kernels):
+        case = Case(cell, grad_clip=("norm", 1.0) if name.startswith("norm") else None)
+        Run(kernels, case).check()
+        Run(kernels, replace(case, zoneout="share" if cell == "rnn_tanh" else "masks")).check()
+
+    catch(mutant_of(name, cell, file, old, new), SOURCES, run)

@@ -44,6 +44,8 @@ struct NormalizedForward {
   void* h_wide;   // R [B, H]: the same, not rounded; GRU where S is not R, otherwise null
   void* c_state;  // R [B, H]: c' on entry, c afterwards; LSTM
   void* cells;    // R [count, H]: c once more, or null
+  // What the LSTM shows, looks at and normalises is c~.
+  Zoneout zoneout;
 };
 
 // Backward through the gates of one step, called as StepBackward is. Phases:
@@ -63,7 +65,7 @@ struct NormalizedBackward {
   Restored restored;
   RestoredSums restored_sums;  // delta: dL/d(U h')
   const void *d_h, *d_cells;   // S [count, H]: gradients of the results; or null
-  void* carry;    // R [B, H]: dL/dh_n until a row's last step is done. GRU: see params.h
+  void* carry;    // R [B, H]: dL/dh_n until a row's last step is done. GRU, zoneout: see params.h
   void* dc;       // R [B, H]: dL/dc, LSTM
   void* delta;    // R [count, G*H]: dL/d(net input), of GRU's n of its input's side
   void* extra;    // R [count, H]: GRU, of n's hidden side; LSTM, dL/ds (lstm_peephole.h)
@@ -72,7 +74,10 @@ struct NormalizedBackward {
       *previous_c;  // S and R [count, H]: h' and c', where reset the restored ones; or null
   Clip clip;        // of dL/dh
   double limit;
-  void* norms;  // R [count]: of the rows of dL/dh before they are clipped; or null
+  void* norms;    // R [count]: of the rows of dL/dh before they are clipped; or null
+  const void* x;  // R [count, G*H]: W x, normalised; Elman with zoneout
+  void* made;     // R [count, H]: c~, LSTM with zoneout; or null
+  Zoneout zoneout;
 };
 
 // A group of `count` columns from `first` on, of rows of `columns`; number `group` of `groups`.

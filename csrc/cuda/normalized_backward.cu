@@ -7,6 +7,12 @@
 namespace rnn_ext::cuda {
 namespace {
 
+// What of dL/dh reaches the cell, and what goes past it to h'.
+template <class R>
+struct Reaching {
+  R cell, held;
+};
+
 template <class S, int gates, int groups>
 struct NormalizedRowBackward {
   using R = Real<S>;
@@ -34,7 +40,7 @@ struct NormalizedRowBackward {
     const R carry = load<R>(p.carry, state(unit));
     if (!continues) return carry;
     const R product = is_reset(p.next, row) ? R(0) : load<R>(p.product, state(unit));
-    return carries ? product + carry : product;
+    return carries || p.zoneout.on ? product + carry : product;
   }
   // dL/dh, before it is clipped.
   template <bool carries>
@@ -47,6 +53,12 @@ struct NormalizedRowBackward {
     const R dh = whole<carries>(unit), limit = static_cast<R>(p.limit);
     if (p.clip == Clip::kValue) return dh > limit ? limit : dh < -limit ? -limit : dh;
     return dh * factor;
+  }
+  template <bool carries>
+  RNN_EXT_DEVICE Reaching<R> reaching(int64_t unit) const {
+    const R dh = arrived<carries>(unit);
+    const R kept = p.zoneout.on ? held<R>(p.zoneout.h, state(unit)) * dh : R(0);
+    return {dh - kept, kept};
   }
   // Notes the norm of dL/dh, and what it is to be clipped with.
   template <bool carries>
@@ -129,12 +141,24 @@ struct NormalizedElmanBackward {
   template <int phase>
   RNN_EXT_DEVICE static void run(const Row& row) {
     for_own(row.hidden, [&](int64_t unit) {
-      const R dh = row.template arrived<carries>(unit);
-      row.store_delta(0, unit, Elman<R, Activation>::vjp(load<S>(row.p.h, row.state(unit)), dh));
+      const Reaching<R> dh = row.template reaching<carries>(unit);
+      row.store_delta(0, unit, Elman<R, Activation>::vjp(made(row, unit), dh.cell));
       row.keep_previous(unit);
+      if (row.p.zoneout.on) row.store_carry(unit, dh.held);
     });
     row.finish_group(0, 0, row.hidden, row.hidden,
                      [&](int64_t column) { return row.delta(0, column); });
+  }
+
+  // h~
+  RNN_EXT_DEVICE static R made(const Row& row, int64_t unit) {
+    const NormalizedBackward& p = row.p;
+    const NormalizedWeights& w = p.weights;
+    const int64_t at = row.state(unit);
+    if (!p.zoneout.on) return load<S>(p.h, at);
+    return Elman<R, Activation>::forward(
+        load<R>(p.x, at) * weight<S>(w.gain_ih, unit, 1) + weight<S>(w.b_ih, unit, 0) +
+        load<R>(p.record.u, at) * weight<S>(w.gain_hh, unit, 1) + weight<S>(w.b_hh, unit, 0));
   }
 };
 
@@ -151,17 +175,20 @@ struct NormalizedLstmBackward {
     Moments<R> m{0, 1};
     if (w.gain_cell)
       m = {load<R>(p.record.cell, 2 * row.row), load<R>(p.record.cell, 2 * row.row + 1)};
-    const auto hat = [&](int64_t unit) {
-      return (load<R>(p.cells, row.state(unit)) - m.mean) * m.scale;
+    const auto made = [&](int64_t unit) {
+      if (!p.zoneout.on) return load<R>(p.cells, row.state(unit));
+      return row.gate(1, unit) * row.previous_c(unit) + row.gate(0, unit) * row.gate(2, unit);
     };
+    const auto hat = [&](int64_t unit) { return (made(unit) - m.mean) * m.scale; };
     for_own(row.hidden, [&](int64_t unit) {
       const R s = hat(unit) * weight<S>(w.gain_cell, unit, 1) + weight<S>(w.bias_cell, unit, 0);
+      const Reaching<R> dh = row.template reaching<carries>(unit);
       R delta_o;
-      const R ds =
-          Cell::output_vjp(row.gate(3, unit), s, row.template arrived<carries>(unit), delta_o);
+      const R ds = Cell::output_vjp(row.gate(3, unit), s, dh.cell, delta_o);
       row.store_delta(3, unit, delta_o);
       store<R>(p.extra, row.state(unit), ds);
       row.keep_previous(unit);
+      if (p.zoneout.on) row.store_carry(unit, dh.held);
     });
     // A thread reads what it wrote.
     const auto d_hat = [&](int64_t unit) {
@@ -171,19 +198,23 @@ struct NormalizedLstmBackward {
     if (w.gain_cell) lost = losses<R>(row.hidden, d_hat, hat);
     for_own(row.hidden, [&](int64_t unit) {
       const int64_t state = row.state(unit);
-      R dc = load<R>(p.dc, state) + (d_hat(unit) - lost.mean - hat(unit) * lost.along) * m.scale;
+      R dc = load<R>(p.dc, state);
       if (p.d_cells) dc += load<S>(p.d_cells, state);
+      const R kept = p.zoneout.on ? held<R>(p.zoneout.c, state) * dc : R(0);
+      dc -= kept;
+      dc += (d_hat(unit) - lost.mean - hat(unit) * lost.along) * m.scale;
       const typename Cell::Gates gates{row.gate(0, unit), row.gate(1, unit), row.gate(2, unit), 0};
       typename Cell::Gates delta{};
       delta.o = row.delta(3, unit);
       const R c_prev = row.previous_c(unit);
       if (p.previous_c) store<R>(p.previous_c, state, c_prev);
+      if (p.made) store<R>(p.made, state, made(unit));
       R dc_prev;
       Cell::vjp(gates, peepholes<S>(w, row.hidden, unit), c_prev, dc, delta, dc_prev);
       row.store_delta(0, unit, delta.i);
       row.store_delta(1, unit, delta.f);
       row.store_delta(2, unit, delta.g);
-      store<R>(p.dc, state, row.passed_on(unit, dc_prev, p.restored_sums.c));
+      store<R>(p.dc, state, row.passed_on(unit, dc_prev + kept, p.restored_sums.c));
     });
     const int64_t all = 4 * row.hidden;
     row.finish_group(0, 0, all, all, [&](int64_t column) { return row.delta(0, column); });
@@ -207,10 +238,11 @@ struct NormalizedGruBackward {
           weight<S>(p.weights.b_hh, n, 0);
       typename Gru<R>::Gates delta;
       R delta_hidden_n, carry;
-      GruResetAfter<R>::vjp(gates, hidden_n, row.previous_h(unit),
-                            row.template arrived<carries>(unit), delta, delta_hidden_n, carry);
+      const Reaching<R> dh = row.template reaching<carries>(unit);
+      GruResetAfter<R>::vjp(gates, hidden_n, row.previous_h(unit), dh.cell, delta, delta_hidden_n,
+                            carry);
       row.keep_previous(unit);
-      row.store_carry(unit, carry);
+      row.store_carry(unit, carry + dh.held);
       row.store_delta(0, unit, delta.r);
       row.store_delta(1, unit, delta.z);
       row.store_delta(2, unit, delta.n);
@@ -236,10 +268,11 @@ struct NormalizedGruResetBeforeBackward {
     if constexpr (phase == 0) {
       for_own(hidden, [&](int64_t unit) {
         R delta_z, delta_n, carry;
-        Cell::interpolate_vjp(row.gate(1, unit), row.gate(2, unit), row.previous_h(unit),
-                              row.template arrived<carries>(unit), delta_z, delta_n, carry);
+        const Reaching<R> dh = row.template reaching<carries>(unit);
+        Cell::interpolate_vjp(row.gate(1, unit), row.gate(2, unit), row.previous_h(unit), dh.cell,
+                              delta_z, delta_n, carry);
         row.keep_previous(unit);
-        row.store_carry(unit, carry);
+        row.store_carry(unit, carry + dh.held);
         row.store_delta(1, unit, delta_z);
         row.store_delta(2, unit, delta_n);
       });

@@ -71,7 +71,12 @@ struct NormalizedRow {
     if (reset) return p.restored.c ? load<R>(p.restored.c, state(unit)) : R(0);
     return load<R>(p.c_state, state(unit));
   }
+  RNN_EXT_DEVICE void keep_c(int64_t unit, R c) const {
+    store<R>(p.c_state, state(unit), c);
+    if (p.cells) store<R>(p.cells, state(unit), c);
+  }
   RNN_EXT_DEVICE void finish(int64_t unit, R h) const {
+    if (p.zoneout.on) h = mixed(p.zoneout.h, state(unit), previous_h(unit), h);
     store<S>(p.h, state(unit), h);
     store<S>(p.h_state, state(unit), h);
     if (p.h_wide) store<R>(p.h_wide, state(unit), h);
@@ -109,11 +114,13 @@ struct NormalizedLstm {
       row.keep(1, unit, gates.f);
       row.keep(2, unit, gates.g);
       row.keep(3, unit, gates.o);
-      store<R>(p.c_state, row.state(unit), c);
-      if (p.cells) store<R>(p.cells, row.state(unit), c);
+      if (!p.zoneout.on) row.keep_c(unit, c);
     });
-    // A thread reads what it wrote.
-    const auto c = [&](int64_t unit) { return load<R>(p.c_state, row.state(unit)); };
+    // A thread reads what it wrote. With zoneout c' is needed to the end, and c~ made again.
+    const auto c = [&](int64_t unit) {
+      if (!p.zoneout.on) return load<R>(p.c_state, row.state(unit));
+      return row.kept(1, unit) * row.previous_c(unit) + row.kept(0, unit) * row.kept(2, unit);
+    };
     Moments<R> m{0, 1};
     if (p.weights.gain_cell) m = moments<R>(row.hidden, c);
     if (p.record.cell && threadIdx.x == 0) {
@@ -124,6 +131,8 @@ struct NormalizedLstm {
       const R s = (c(unit) - m.mean) * m.scale * weight<S>(p.weights.gain_cell, unit, 1) +
                   weight<S>(p.weights.bias_cell, unit, 0);
       row.finish(unit, Cell::output(row.kept(3, unit), s));
+      if (p.zoneout.on)
+        row.keep_c(unit, mixed(p.zoneout.c, row.state(unit), row.previous_c(unit), c(unit)));
     });
   }
 };

@@ -174,6 +174,7 @@ class Forward : Layer {
       }
       const long t = l.time.at(i), at = l.time.begin(t), count = l.time.rows(t);
       p.rows = l.rows(t, count);
+      p.zoneout = l.zoneout(at);
       p.x = x_rows[at - span.first];
       p.record = records[keep_ ? at : 0];
       p.h = output_rows[at];
@@ -229,6 +230,7 @@ class Backward : Layer {
     if (l.lstm || l.gru) extra_ = at::empty({call.rows, l.hidden}, l.wide);
     if (wanted[4]) previous_ = at::empty({call.rows, l.hidden}, l.stored);
     if (extras[4] && wanted[12]) previous_c_ = at::empty({call.rows, l.hidden}, l.wide);
+    if (in.hold_c && (wanted[10] || wanted[12])) made_ = at::empty({call.rows, l.hidden}, l.wide);
   }
 
   NormalizedGradients run() {
@@ -267,7 +269,8 @@ class Backward : Layer {
     const RecordRows records(record_);
     const RowPointer h_rows(l.as_rows(saved_.states)), cell_rows(saved_.cells),
         d_output_rows(d_output_), d_cells_rows(d_cells_), delta_rows(delta_), extra_rows(extra_),
-        delta_u_rows(delta_u_), previous_rows(previous_), previous_c_rows(previous_c_);
+        delta_u_rows(delta_u_), previous_rows(previous_), previous_c_rows(previous_c_),
+        x_rows(record_.x), made_rows(made_);
     for (long i = l.time.count - 1; l.call.rows && i >= 0; i--) {
       const long t = l.time.at(i), at = l.time.begin(t), count = l.time.rows(t),
                  before = l.time.previous(t);
@@ -288,6 +291,9 @@ class Backward : Layer {
       p.previous = previous_rows[at];
       p.previous_c = previous_c_rows[at];
       p.norms = norm_rows[at];
+      p.x = x_rows[at];
+      p.made = made_rows[at];
+      p.zoneout = l.zoneout(at);
       cuda::normalized_backward(l.call.kind, l.storage, 0, p, scope.stream());
       if (l.reset_before) {
         multiply(first_rows(second_product, count), of_second.narrow(0, at, count), second_weights);
@@ -334,14 +340,14 @@ class Backward : Layer {
     if (extras_[2])
       give(10, [&] {
         const Tensor mean = record_.cell->narrow(1, 0, 1), scale = record_.cell->narrow(1, 1, 1);
-        return over_rows(*extra_, at::mul(at::sub(l.as_rows(*saved_.cells), mean), scale));
+        return over_rows(*extra_, at::mul(at::sub(made(), mean), scale));
       });
     if (extras_[3]) give(11, [&] { return over_rows(*extra_); });
     if (extras_[4])
       give(12, [&] {
         const auto gate = [&](long k) { return delta_.narrow(1, k * hidden, hidden); };
         return at::cat({over_rows(gate(0), *previous_c_), over_rows(gate(1), *previous_c_),
-                        over_rows(gate(3), l.as_rows(*saved_.cells))});
+                        over_rows(gate(3), made())});
       });
     return out;
   }
@@ -350,6 +356,9 @@ class Backward : Layer {
   static Tensor over_rows(const Tensor& delta, const Tensor& values) {
     return over_rows(at::mul(delta, values));
   }
+
+  // The LSTM's c, as it was before zoneout.
+  Tensor made() const { return made_ ? *made_ : l.as_rows(*saved_.cells); }
 
   // Not rounded where it is to be added to a sum.
   Tensor product(const Tensor& a, const Tensor& b) const {
@@ -393,7 +402,7 @@ class Backward : Layer {
   const Restored restored_;
   const RestoredSums sums_;
   const Tensor carry_, delta_, delta_u_;
-  OptionalTensor c0_, dc_, extra_, previous_, previous_c_;
+  OptionalTensor c0_, dc_, extra_, previous_, previous_c_, made_;
 };
 
 }  // namespace

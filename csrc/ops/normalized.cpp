@@ -140,21 +140,13 @@ NormalizedGradients backward(const Call& call, const Kernels& kernels, const Lay
   return out;
 }
 
-void check_on_cuda(const LayerInputs& in) {
-  TORCH_CHECK(!in.hold_h, in.cell,
-              ": layer normalisation and peepholes have no CUDA kernel with zoneout");
-}
-
 }  // namespace
 
 LayerOutputs normalized_forward(const LayerInputs& in, const ExtraTensors& extras, bool save,
                                 const PassOptions& options) {
   const Call call = check(in, extras);
   if constexpr (kHasCudaKernels)
-    if (on_cuda(in.input)) {
-      check_on_cuda(in);
-      return cuda_normalized_forward(call, in, extras, save, options);
-    }
+    if (on_cuda(in.input)) return cuda_normalized_forward(call, in, extras, save, options);
   const Kernels& kernels = active_kernels();
   return with_value(call, kernels, [&](auto value) {
     return forward<decltype(value)>(call, kernels, in, extras, save, options);
@@ -167,10 +159,8 @@ NormalizedGradients normalized_backward(const LayerInputs& in, const ExtraTensor
                                         const PassOptions& options) {
   const Call call = check(in, extras);
   if constexpr (kHasCudaKernels)
-    if (on_cuda(in.input)) {
-      check_on_cuda(in);
+    if (on_cuda(in.input))
       return cuda_normalized_backward(call, in, extras, saved, d, wanted, options);
-    }
   const Kernels& kernels = kernels_named(saved.isa);
   return with_value(call, kernels, [&](auto value) {
     return backward<decltype(value)>(call, kernels, in, extras, saved, d, wanted, options);
