@@ -215,7 +215,7 @@ MUTANTS = [
         "static_cast<R>(hold.units[at % 2])",
     ),
     (
-        FORWARD,
+        "step.cuh",
         "what is held is let go",
         "lstm",
         "return z * before + (1 - z) * made;",
