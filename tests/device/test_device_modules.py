@@ -15,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from twins import tensors
 
 import rnn_ext
+from rnn_ext import random
+from rnn_ext.reference.random import keep
 
 require_device()
 on_gpu_only = pytest.mark.skipif(not ON_GPU, reason="is about CUDA")
@@ -164,6 +166,44 @@ def test_layer_normalisation_and_peepholes(name, options):
     again = compiled(x)
     close(again, ours(x))
     close(gradients(ours, again), gradients(ours, ours(x)))
+
+
+HELD = [
+    ("RNN", {}),
+    ("LSTM", {}),
+    ("LSTM", {"proj_size": 20}),
+    ("GRU", {}),
+    ("GRU", {"reset_after": False}),
+]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["masks", "share"])
+@pytest.mark.parametrize("name, options", HELD, ids=str)
+def test_zoneout_and_the_masks_of_dropouts(name, options, training):
+    dropped = {"zoneout": 0.3, "weight_dropout": 0.2, "variational_dropout": 0.1}
+    ours = getattr(rnn_ext, name)(6, 40, 2, bidirectional=True, device=DEVICE, **options, **dropped)
+    ours.train(training)
+    x = torch.randn(9, 7, 6, device=DEVICE, requires_grad=True)
+    with rnn_ext.use_backend("reference"):
+        torch.manual_seed(5)
+        results = ours(x)
+        expected = results, gradients(ours, results, x)
+    for call in (ours, torch.compile(ours, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(5)
+        results = call(x)
+        close(results, expected[0])
+        close(gradients(ours, results, x), expected[1])
+
+
+def test_masks_are_those_of_numpy():
+    steps, rows = torch.tensor([0, 1, 5, 2**31]), torch.tensor([3, 0, 2**32 - 1, 7])
+    kept = keep(2**40 + 7, 9, steps, rows, 63, 0.3)
+    for dtype in (torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        like = torch.empty(0, dtype=dtype, device=DEVICE)
+        mask = random.mask(torch.tensor(2**40 + 7), 9, steps, rows, 63, 0.3, 2.0, like)
+        assert mask.dtype == dtype and mask.device.type == like.device.type
+        values = kept if dtype == torch.bool else 2.0 * kept
+        assert torch.equal(mask.cpu().double(), torch.from_numpy(values).double())
 
 
 @each_layer
