@@ -2,5 +2,6 @@
 // they take long to compile.
 #include "cuda/persistent_elman_forward.cu"
 #include "cuda/persistent_gru_forward.cu"
+#include "cuda/persistent_gru_reset_before_forward.cu"
 #include "cuda/persistent_lstm_forward.cu"
 #include "cuda/plan.cpp"

@@ -15,8 +15,9 @@ CELLS = {
     "rnn_sigmoid": "PersistentElman<Sigmoid>",
     "lstm": "PersistentLstm",
     "gru": "PersistentGru",
+    "gru_reset_before": "PersistentGruResetBefore",
 }
-GATES = {"lstm": 4, "gru": 3}
+GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3}
 # How a number format is stored, and the error that it is allowed, forward and backward.
 FORMATS = {
     "bf16": (Number.BFLOAT16, 0.02, 0.04),
@@ -62,6 +63,11 @@ class Case:
     @property
     def gates(self):
         return GATES.get(self.cell, 1)
+
+    @property
+    def columns(self):
+        """Of the product with h': the gates that it reaches."""
+        return (2 if self.cell == "gru_reset_before" else self.gates) * self.hidden
 
     @property
     def blocks(self):
@@ -171,7 +177,7 @@ class Problem:
         weights = reference.Weights(identity, self.weights, self.b_ih, self.b_hh)
         state = [self.h0.copy(), self.c0.copy()][: 1 + lstm]
         shape = (case.steps, case.batch, case.hidden)
-        forward = {"h": np.zeros(shape), "cells": np.zeros(shape)}
+        forward = {"h": np.zeros(shape), "cells": np.zeros(shape), "middle": np.zeros(shape)}
         backward = {"previous": np.zeros(shape)}
         records = {}
         order = range(case.steps)
@@ -186,6 +192,8 @@ class Problem:
             for s, new, name in zip(state, records[t].state, ("h", "cells"), strict=False):
                 s[rows] = new
                 forward[name][t, rows] = new
+            if case.cell == "gru_reset_before":
+                forward["middle"][t, rows] = records[t].r * records[t].h_prev
         forward["h_n"], forward["c_n"] = state[0], state[-1]
 
         blocks = 4 if case.cell == "gru" else case.gates
@@ -262,21 +270,24 @@ class Run:
                 own["cells"] = self.kernels.empty((rows, case.hidden), np.float32, "cells")
                 own["c_n"] = self.kernels.empty((case.batch, case.hidden), np.float32, "c_n")
                 d.c0, d.c_n, d.cells = map(pointer, (own["c0"], own["c_n"], own["cells"]))
-            if case.cell == "gru":
+            if case.cell in ("gru", "gru_reset_before"):
                 own["middle"] = self.kernels.empty((rows, case.hidden), self.number.value, "middle")
                 d.middle = pointer(own["middle"])
             if case.restored:
                 h, c = problem.restored
                 own["restored_h"] = self._array(self._stored(h), "restored_h")
                 own["restored_c"] = self._array(c, "restored_c")
-                own["restored_product"] = self._array(h @ problem.weights.T, "product")
+                own["restored_product"] = self._array(
+                    h @ problem.weights[: case.columns].T, "product"
+                )
                 d.restored_h, d.restored_product = map(
                     pointer, (own["restored_h"], own["restored_product"])
                 )
                 d.restored_c = pointer(own["restored_c"])
             d.reverse = problem.reverse
         self._launch("forward", args)
-        self._compare(0, ["h", "h_n", *(["cells", "c_n"] if case.cell == "lstm" else [])])
+        more = {"lstm": ["cells", "c_n"], "gru_reset_before": ["middle"]}
+        self._compare(0, ["h", "h_n", *more.get(case.cell, [])])
 
     def backward(self):
         case = self.case
@@ -284,7 +295,8 @@ class Run:
         blocks = 4 if case.cell == "gru" else case.gates
         for own, problem, d in zip(self.buffers, self.problems, args.direction, strict=False):
             u = problem.weights.reshape(case.gates, case.hidden, case.hidden)
-            own["transposed"] = self._array(self._stored(u.transpose(2, 1, 0)), "weights")
+            order = (0, 2, 1) if case.cell == "gru_reset_before" else (2, 1, 0)
+            own["transposed"] = self._array(self._stored(u.transpose(order)), "weights")
             d.weights = pointer(own["transposed"])
             d.gates, d.gates_stride = pointer(own["gates"]), own["gates"].shape[1]
             d.h, d.h_stride = pointer(own["h"]), own["h"].shape[1]
@@ -311,7 +323,7 @@ class Run:
             d.resets, d.restored_h = pointer(own.get("resets")), pointer(own.get("restored_h"))
             d.restored_c = pointer(own.get("restored_c"))
             if case.restored:
-                sizes = {"sum_delta": case.gates * case.hidden, "sum_h": case.hidden}
+                sizes = {"sum_delta": case.columns, "sum_h": case.hidden}
                 for name, size in (sizes | {"sum_c": case.hidden}).items():
                     own[name] = self._array(np.zeros((case.batch, size)), name)
                     setattr(d, name, pointer(own[name]))
@@ -320,7 +332,9 @@ class Run:
         names = ["delta", "carry", *(["dc"] if case.cell == "lstm" else [])]
         if case.restored:
             for own, problem in zip(self.buffers, self.problems):
-                own["d_restored_h"] = own["sum_h"] + np.float32(own["sum_delta"] @ problem.weights)
+                own["d_restored_h"] = own["sum_h"] + np.float32(
+                    own["sum_delta"] @ problem.weights[: case.columns]
+                )
                 own["d_restored_c"] = own["sum_c"]
             names += ["d_restored_h", *(["d_restored_c"] if case.cell == "lstm" else [])]
         self._compare(1, [*names, *(["previous"] if case.optional else [])])

@@ -16,7 +16,8 @@ from rnn_ext import reference
 from rnn_ext.control import Control
 
 STEP, PERSISTENT = "cuda-step", "cuda-persistent"
-SINGLE = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru")  # have persistent kernels
+# Have persistent kernels.
+SINGLE = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", "gru_reset_before")
 MODES = {"all": {}, "checkpoints": {"checkpoint_every": 2}, "states": {"save": "states"}}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 every_path = pytest.mark.parametrize("path", [STEP, PERSISTENT])

@@ -18,6 +18,8 @@ FULL = [
     ("rnn_tanh", "Tf32x3"),
     ("lstm", "bf16"),
     ("gru", "bf16"),
+    ("gru_reset_before", "Tf32x3"),
+    ("gru_reset_before", "bf16"),
 ]
 SOME = [
     ("rnn_relu", "Tf32x3"),
@@ -25,6 +27,8 @@ SOME = [
     ("lstm", "fp16"),
     ("lstm", "Tf32"),
     ("gru", "fp16"),
+    ("gru_reset_before", "fp16"),
+    ("gru_reset_before", "Tf32"),
 ]
 
 SMALL = [
@@ -141,7 +145,15 @@ RACES = [
 ]
 
 
-@parameters([("lstm", "bf16"), ("gru", "Tf32x3"), ("rnn_tanh", "bf16")], RACES)
+RACING = [
+    ("lstm", "bf16"),
+    ("gru", "Tf32x3"),
+    ("rnn_tanh", "bf16"),
+    ("gru_reset_before", "bf16"),
+]
+
+
+@parameters(RACING, RACES)
 def test_nothing_races(case, numbers):
     kernels = kernels_of(case.cell, numbers, "-DONE_UNIT_TILE", race=True)
 

@@ -28,7 +28,7 @@ from tolerance import error
 import rnn_ext
 from rnn_ext import ops
 
-CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru")
+CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", "gru_reset_before")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEP, PERSISTENT = "cuda-step", "cuda-persistent"
 PATHS = {
@@ -229,7 +229,6 @@ def test_nan_stays_in_its_row(cell, dtype):
     [
         ("lstm", torch.float64, "tensor cores have no float64 fit for it"),
         ("lstm_projected", torch.float32, "a projected LSTM multiplies twice a step"),
-        ("gru_reset_before", torch.bfloat16, "a reset-before GRU multiplies twice a step"),
     ],
 )
 def test_what_has_no_persistent_kernel_is_said(cell, dtype, reason, emulated):

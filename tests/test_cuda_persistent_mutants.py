@@ -5,6 +5,8 @@ invite is made here once: missing barriers, flags without release or acquire, st
 double buffer, wrong fragments, rows that have ended, resets that leak.
 """
 
+from dataclasses import replace
+
 import pytest
 from cuda_on_cpu import Mutant, build_ahead, catch
 from persistent_cases import SOURCE, Case, kernel_flags, run
@@ -23,6 +25,9 @@ CLUSTER = Case(
     restored=True,
     limit=0.7,
 )
+# Two exchanges a step.
+TWICE_FLAGS = replace(FLAGS, cell="gru_reset_before")
+TWICE_CLUSTER = replace(CLUSTER, cell="gru_reset_before")
 
 LAYOUT, PRODUCT, EXCHANGE = (
     "persistent_layout.h",
@@ -31,6 +36,8 @@ LAYOUT, PRODUCT, EXCHANGE = (
 )
 BLOCK, CELLS, LAUNCH = "persistent_block.cuh", "persistent_cells.cuh", "persistent_launch.h"
 FORWARD, BACKWARD = "persistent_forward.cuh", "persistent_backward.cuh"
+TWICE_FORWARD = "persistent_reset_before_forward.cuh"
+TWICE_BACKWARD = "persistent_reset_before_backward.cuh"
 
 MUTANTS = [
     # the product
@@ -132,8 +139,8 @@ MUTANTS = [
         "last chunk not fetched",
         FLAGS,
         EXCHANGE,
-        "if (c < share_.count) {",
-        "if (c + 1 < share_.count) {",
+        "if (c < planes * share_.count) {",
+        "if (c + 1 < planes * share_.count) {",
     ),
     (
         "flags not reset",
@@ -260,6 +267,84 @@ MUTANTS = [
         "dh, carry",
     ),
     ("delta at the wrong gate", CLUSTER, CELLS, "return (d + 2) % 3;", "return d;"),
+    # two exchanges a step
+    (
+        "the reset state not waited for",
+        TWICE_FLAGS,
+        TWICE_FORWARD,
+        "if (pass == 0) exchange.wait();\n        multiply_pass<unit_tiles,",
+        "multiply_pass<unit_tiles,",
+    ),
+    (
+        "weights of the other phase",
+        TWICE_FLAGS,
+        TWICE_FORWARD,
+        "multiply_pass<unit_tiles, kRows, 2 * unit_tiles>",
+        "multiply_pass<unit_tiles, kRows, unit_tiles>",
+    ),
+    (
+        "no barrier between the phases",
+        TWICE_FLAGS,
+        TWICE_FORWARD,
+        "        __syncthreads();\n        exchange.pass_on(",
+        "        exchange.pass_on(",
+    ),
+    (
+        "reset forgotten in the second phase",
+        TWICE_FLAGS,
+        TWICE_FORWARD,
+        "if (item.reset) h_state[at] = h_prev;",
+        "",
+    ),
+    (
+        "the reset state of rows that take no part left as it was",
+        TWICE_FLAGS,
+        TWICE_FORWARD,
+        "if (p.save && (item.alive || (mine && rows.padded()))) {",
+        "if (p.save && item.alive) {",
+    ),
+    (
+        "delta of n not waited for",
+        TWICE_FLAGS,
+        TWICE_BACKWARD,
+        "if (pass == 0) exchange.wait();\n        multiply_pass<unit_tiles, kRows, 2 * unit_tiles>",
+        "multiply_pass<unit_tiles, kRows, 2 * unit_tiles>",
+    ),
+    (
+        "weights of the other plane",
+        TWICE_FLAGS,
+        PRODUCT,
+        "held_[c][first_tile + p * count + m]",
+        "held_[c][first_tile + m]",
+    ),
+    (
+        "planes over each other",
+        TWICE_FLAGS,
+        EXCHANGE,
+        "(to + plane * plane_bytes_)",
+        "(to + plane * 0)",
+    ),
+    (
+        "second plane not passed on",
+        TWICE_CLUSTER,
+        TWICE_BACKWARD,
+        "for (int plane = 0; plane < 2; plane++)\n          exchange.pass_on(",
+        "for (int plane = 0; plane < 1; plane++)\n          exchange.pass_on(",
+    ),
+    (
+        "restored state gets the carry of its step alone",
+        TWICE_CLUSTER,
+        TWICE_BACKWARD,
+        "d_h[sequence * hidden + unit] += carry;",
+        "d_h[sequence * hidden + unit] = carry;",
+    ),
+    (
+        "reset passes delta of r and z on",
+        TWICE_CLUSTER,
+        TWICE_BACKWARD,
+        "item.reset ? 0 : delta[plane]",
+        "delta[plane]",
+    ),
 ]
 
 

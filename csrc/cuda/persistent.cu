@@ -4,16 +4,16 @@
 namespace rnn_ext::cuda {
 namespace {
 
-// elman, lstm and gru, called with the rest of the arguments.
-template <class Elman, class Lstm, class Gru>
-void with_cell(CellKind cell, const Elman& elman, const Lstm& lstm, const Gru& gru) {
+template <class Elman, class Lstm, class Gru, class ResetBefore>
+void with_cell(CellKind cell, const Elman& elman, const Lstm& lstm, const Gru& gru,
+               const ResetBefore& reset_before) {
   switch (cell) {
     case CellKind::kLstm:
       return lstm();
     case CellKind::kGru:
       return gru();
     case CellKind::kGruResetBefore:
-      launch_failed("persistent kernel", "there is none for the reset-before GRU");
+      return reset_before();
     default:
       return elman();
   }
@@ -26,7 +26,8 @@ void persistent_forward(CellKind cell, const CudaPlan& plan, const PersistentFor
   with_cell(
       cell, [&] { persistent_elman_forward(cell, plan, args, stream); },
       [&] { persistent_lstm_forward(plan, args, stream); },
-      [&] { persistent_gru_forward(plan, args, stream); });
+      [&] { persistent_gru_forward(plan, args, stream); },
+      [&] { persistent_gru_reset_before_forward(plan, args, stream); });
 }
 
 void persistent_backward(CellKind cell, const CudaPlan& plan, const PersistentBackward& args,
@@ -34,7 +35,8 @@ void persistent_backward(CellKind cell, const CudaPlan& plan, const PersistentBa
   with_cell(
       cell, [&] { persistent_elman_backward(cell, plan, args, stream); },
       [&] { persistent_lstm_backward(plan, args, stream); },
-      [&] { persistent_gru_backward(plan, args, stream); });
+      [&] { persistent_gru_backward(plan, args, stream); },
+      [&] { persistent_gru_reset_before_backward(plan, args, stream); });
 }
 
 }  // namespace rnn_ext::cuda

@@ -105,8 +105,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const BackwardDirection& d = p.direction[place.direction];
   const Sequences& sequences = p.sequences;
   const int hidden = sequences.hidden;
-  const BlockLayout layout = block_layout<T>(tiling, hidden, unit_tiles, kUnits, kUnits * kDeltas,
-                                             kBackwardRing, Exchange::kCluster);
+  const BlockLayout layout =
+      block_layout(step_products(kDeltas, false, false), unit_tiles, sizeof(T), hidden,
+                   tiling.blocks, tiling.rows, Exchange::kCluster);
   unsigned char* shared = shared_memory();
 
   ResidentWeights<Numbers, unit_tiles> weights(layout, shared);

@@ -16,15 +16,6 @@ struct Tiling {
       rows;  // groups of each direction, blocks of a group, rows of the batch in a tile
 };
 
-// `produced`: numbers of an operand row that a block makes.
-template <class T>
-RNN_EXT_DEVICE BlockLayout block_layout(const Tiling& tiling, int hidden, int row_tiles, int units,
-                                        int produced, int ring, bool cluster) {
-  const int producers = (hidden + units - 1) / units,
-            bytes = produced * static_cast<int>(sizeof(T));
-  return {row_tiles, bytes, tiling.blocks, producers, tiling.rows, units, ring, cluster};
-}
-
 template <class T>
 RNN_EXT_DEVICE T read_at(const void* base, int64_t at) {
   return static_cast<const T*>(base)[at];
@@ -82,17 +73,18 @@ class TileRows {
   const bool reverse_;
 };
 
-// The product of the block's weights with the rows of a pass of the last publication, into the
-// partial sums.
-template <int row_tiles, int pass_rows, class Weights, class Exchange>
+// The product of the block's weights, row_tiles from `first_tile` on for each plane, with the rows
+// of a pass of the last publication, into the partial sums.
+template <int row_tiles, int pass_rows, int first_tile = 0, int planes = 1, class Weights,
+          class Exchange>
 RNN_EXT_DEVICE void multiply_pass(Weights& weights, Exchange& exchange, const PartialSums& sums,
                                   int pass, int rows) {
   constexpr int column_tiles = pass_rows / kColumnTile;
   const int tiles = min(rows - pass, pass_rows) / kColumnTile;
   float sum[row_tiles][column_tiles][4] = {};
   __syncwarp();  // what one lane has waited for is there for all
-  exchange.start(pass, tiles);
-  weights.multiply(exchange, tiles, sum);
+  exchange.template start<planes>(pass, tiles);
+  weights.template multiply<first_tile, planes>(exchange, tiles, sum);
   sums.write(sum, tiles);
 }
 

@@ -106,4 +106,9 @@ struct PersistentGru {
   }
 };
 
+// Reset before the product: its steps have kernels of their own (persistent_reset_before_*.cuh).
+struct PersistentGruResetBefore {
+  static constexpr int kGates = 3;
+};
+
 }  // namespace rnn_ext::cuda

@@ -8,9 +8,9 @@
 //   wait()            until this warp can read its chunks of the last publication, once its lanes
 //                     have met
 //   start(), read(), advance()   this warp's chunks, in order, of a pass: its tiles of 8 rows from
-//                     `row` on
+//                     `row` on; of several planes each chunk in turn
 //   put()             numbers of this block's share of the next publication; then __syncthreads()
-//   pass_on()         after the puts of a pass and their __syncthreads()
+//   pass_on()         after the puts of a pass and their __syncthreads(), for each plane
 //   publish()         all passes of this block are complete
 #pragma once
 #include "persistent_product.cuh"
@@ -64,7 +64,8 @@ class FlagExchange {
         reinterpret_cast<uint32_t*>(memory + static_cast<long>(place.index) * layout.flag_bytes());
     memory += static_cast<long>(all_groups) * layout.flag_bytes();
     operand_ = memory + place.index * layout.exchange_bytes();
-    half_bytes_ = layout.rows * row_bytes_;
+    plane_bytes_ = layout.rows * row_bytes_;
+    half_bytes_ = layout.planes * plane_bytes_;
     block_ = place.block;
     own_at_ = place.block * layout.produced_bytes;
     first_producer_ = share_.first * kChunkBytes / layout.produced_bytes;
@@ -83,14 +84,15 @@ class FlagExchange {
     }
   }
 
+  template <int planes>
   RNN_EXT_DEVICE void start(int row, int tiles) {
     const int half = static_cast<int>((published_ - 1) % 2) * half_bytes_;
     from_ = operand_ + half + (row + lane_ / 4) * row_bytes_ + share_.first * kChunkBytes +
             lane_ % 4 * 16;
-    for (int c = 0; c < ring; c++) fetch(c, tiles);
+    for (int c = 0; c < ring; c++) fetch<planes>(c, tiles);
   }
 
-  template <int column_tiles>
+  template <int planes, int column_tiles>
   RNN_EXT_DEVICE void read(int c, int tiles, uint4 (&b)[column_tiles]) {
     copy_async_wait<ring - 1>();
     RNN_EXT_UNROLL
@@ -99,14 +101,18 @@ class FlagExchange {
         b[n] = *reinterpret_cast<const uint4*>(slot(c) + n * kColumnTile * kChunkBytes);
     }
   }
-  RNN_EXT_DEVICE void advance(int c, int tiles) { fetch(c + ring, tiles); }
+  template <int planes>
+  RNN_EXT_DEVICE void advance(int c, int tiles) {
+    fetch<planes>(c + ring, tiles);
+  }
 
   template <int count>
-  RNN_EXT_DEVICE void put(int row, int /*pass_row*/, int column, const T (&values)[count]) {
+  RNN_EXT_DEVICE void put(int row, int /*pass_row*/, int column, const T (&values)[count],
+                          int plane = 0) {
     unsigned char* to = operand_ + published_ % 2 * half_bytes_ + row * row_bytes_ + own_at_;
-    store_together(reinterpret_cast<T*>(to) + column, values);
+    store_together(reinterpret_cast<T*>(to + plane * plane_bytes_) + column, values);
   }
-  RNN_EXT_DEVICE void pass_on(int /*row*/, int /*rows*/) {}
+  RNN_EXT_DEVICE void pass_on(int /*row*/, int /*rows*/, int /*plane*/ = 0) {}
 
   RNN_EXT_DEVICE void publish() {
     published_++;
@@ -117,11 +123,13 @@ class FlagExchange {
   RNN_EXT_DEVICE unsigned char* slot(int c) const { return ring_ + c % ring * slot_bytes_; }
 
   // An empty group where there is no chunk, so that groups count chunks.
+  template <int planes>
   RNN_EXT_DEVICE void fetch(int c, int tiles) {
-    if (c < share_.count) {
+    if (c < planes * share_.count) {
+      const unsigned char* chunk = from_ + c % planes * plane_bytes_ + c / planes * kChunkBytes;
       for (int n = 0; n < tiles; n++) {
         copy_async<16>(slot(c) + n * kColumnTile * kChunkBytes,
-                       from_ + n * kColumnTile * row_bytes_ + c * kChunkBytes);
+                       chunk + n * kColumnTile * row_bytes_);
       }
     }
     copy_async_commit();
@@ -129,7 +137,7 @@ class FlagExchange {
 
   const WarpShare share_;
   const int lane_, row_bytes_;
-  int block_, own_at_, half_bytes_, first_producer_, end_producer_, slot_bytes_;
+  int block_, own_at_, plane_bytes_, half_bytes_, first_producer_, end_producer_, slot_bytes_;
   uint32_t* flags_;
   unsigned char *operand_, *ring_;
   const unsigned char* from_ = nullptr;
@@ -149,11 +157,13 @@ class ClusterExchange {
       : share_(layout), lane_(threadIdx.x % 32), row_bytes_(layout.shared_row_bytes()) {
     operand_ = shared + layout.operand_at();
     outgoing_ = shared + layout.outgoing_at();
-    half_bytes_ = layout.rows * row_bytes_;
+    plane_bytes_ = layout.rows * row_bytes_;
+    half_bytes_ = layout.planes * plane_bytes_;
     block_ = place.block;
     blocks_ = layout.blocks;
     producers_ = layout.producers;
     produced_bytes_ = layout.produced_bytes;
+    outgoing_bytes_ = layout.columns() * produced_bytes_;
     // What nobody writes is multiplied too, by zero weights: it must not be NaN.
     uint4* words = reinterpret_cast<uint4*>(operand_);
     const int count = (layout.operand_bytes() + layout.outgoing_bytes()) / 16;
@@ -165,35 +175,40 @@ class ClusterExchange {
     __syncwarp();
     cluster_wait();
   }
+  template <int planes>
   RNN_EXT_DEVICE void start(int row, int /*tiles*/) {
     from_ = operand_ + (published_ - 1) % 2 * half_bytes_ + (row + lane_ / 4) * row_bytes_ +
             share_.first * kChunkBytes + lane_ % 4 * 16;
   }
 
-  template <int column_tiles>
+  template <int planes, int column_tiles>
   RNN_EXT_DEVICE void read(int c, int tiles, uint4 (&b)[column_tiles]) {
+    const unsigned char* chunk = from_ + c % planes * plane_bytes_ + c / planes * kChunkBytes;
     RNN_EXT_UNROLL
     for (int n = 0; n < column_tiles; n++) {
-      if (n < tiles)
-        b[n] =
-            *reinterpret_cast<const uint4*>(from_ + n * kColumnTile * row_bytes_ + c * kChunkBytes);
+      if (n < tiles) b[n] = *reinterpret_cast<const uint4*>(chunk + n * kColumnTile * row_bytes_);
     }
   }
+  template <int planes>
   RNN_EXT_DEVICE void advance(int /*c*/, int /*tiles*/) {}
 
   template <int count>
-  RNN_EXT_DEVICE void put(int /*row*/, int pass_row, int column, const T (&values)[count]) {
-    store_together(reinterpret_cast<T*>(outgoing_ + pass_row * produced_bytes_) + column, values);
+  RNN_EXT_DEVICE void put(int /*row*/, int pass_row, int column, const T (&values)[count],
+                          int plane = 0) {
+    unsigned char* to = outgoing_ + plane * outgoing_bytes_ + pass_row * produced_bytes_;
+    store_together(reinterpret_cast<T*>(to) + column, values);
   }
 
-  RNN_EXT_DEVICE void pass_on(int row, int rows) {
+  RNN_EXT_DEVICE void pass_on(int row, int rows, int plane = 0) {
     if (block_ >= producers_) return;
     const int row_pieces = produced_bytes_ / 16, pieces = rows * row_pieces;
-    unsigned char* half = operand_ + published_ % 2 * half_bytes_ + block_ * produced_bytes_;
+    unsigned char* half =
+        operand_ + published_ % 2 * half_bytes_ + plane * plane_bytes_ + block_ * produced_bytes_;
+    const unsigned char* outgoing = outgoing_ + plane * outgoing_bytes_;
     for (int i = threadIdx.x; i < pieces * blocks_; i += kBlockThreads) {
       const int piece = i % pieces, in_row = piece % row_pieces * 16;
       const int peer = (block_ + i / pieces) % blocks_;  // blocks start with different peers
-      const uint4 value = *reinterpret_cast<const uint4*>(outgoing_ + piece * 16);
+      const uint4 value = *reinterpret_cast<const uint4*>(outgoing + piece * 16);
       store_peer(peer_address(half + (row + piece / row_pieces) * row_bytes_ + in_row, peer),
                  value);
     }
@@ -208,7 +223,7 @@ class ClusterExchange {
  private:
   const WarpShare share_;
   const int lane_, row_bytes_;
-  int block_, blocks_, producers_, produced_bytes_, half_bytes_;
+  int block_, blocks_, producers_, produced_bytes_, outgoing_bytes_, plane_bytes_, half_bytes_;
   unsigned char *operand_, *outgoing_;
   const unsigned char* from_ = nullptr;
   uint32_t published_ = 0;

@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const Sequences& sequences = p.sequences;
   const int hidden = sequences.hidden;
   const BlockLayout layout =
-      block_layout<T>(tiling, hidden, kRowTiles, kUnits, kUnits, kForwardRing, Exchange::kCluster);
+      block_layout(step_products(Cell::kGates, false, true), unit_tiles, sizeof(T), hidden,
+                   tiling.blocks, tiling.rows, Exchange::kCluster);
   unsigned char* shared = shared_memory();
 
   ResidentWeights<Numbers, kRowTiles> weights(layout, shared);

@@ -1,8 +1,12 @@
 // From a plan to the kernel that it names: the same few lines for every cell and both passes.
 #pragma once
+#include <type_traits>
+
 #include "launch.h"
 #include "persistent_backward.cuh"
 #include "persistent_forward.cuh"
+#include "persistent_reset_before_backward.cuh"
+#include "persistent_reset_before_forward.cuh"
 
 namespace rnn_ext::cuda {
 
@@ -65,13 +69,31 @@ void with_kernel_of(const CudaPlan& plan, Pass pass, const Function& f) {
 }
 
 template <class Cell>
+inline constexpr bool kResetBefore = std::is_same_v<Cell, PersistentGruResetBefore>;
+
+template <class Cell, class N, int tiles, class Exchange>
+auto forward_kernel() {
+  if constexpr (kResetBefore<Cell>)
+    return persistent_reset_before_forward_kernel<N, tiles, Exchange>;
+  else
+    return persistent_forward_kernel<Cell, N, tiles, Exchange>;
+}
+template <class Cell, class N, int tiles, class Exchange>
+auto backward_kernel() {
+  if constexpr (kResetBefore<Cell>)
+    return persistent_reset_before_backward_kernel<N, tiles, Exchange>;
+  else
+    return persistent_backward_kernel<Cell, N, tiles, Exchange>;
+}
+
+template <class Cell>
 void start_forward(const char* name, const CudaPlan& plan, const PersistentForward& args,
                    const Stream& stream) {
   with_kernel_of<kForwardRing>(plan, Pass::kForward, [&](auto numbers, auto tiles, auto exchange) {
     using N = typename decltype(numbers)::type;
     using E = typename decltype(exchange)::type;
-    start_persistent(name, persistent_forward_kernel<Cell, N, decltype(tiles)::value, E>, plan,
-                     args, stream);
+    start_persistent(name, forward_kernel<Cell, N, decltype(tiles)::value, E>(), plan, args,
+                     stream);
   });
 }
 
@@ -82,8 +104,8 @@ void start_backward(const char* name, const CudaPlan& plan, const PersistentBack
       plan, Pass::kBackward, [&](auto numbers, auto tiles, auto exchange) {
         using N = typename decltype(numbers)::type;
         using E = typename decltype(exchange)::type;
-        start_persistent(name, persistent_backward_kernel<Cell, N, decltype(tiles)::value, E>, plan,
-                         args, stream);
+        start_persistent(name, backward_kernel<Cell, N, decltype(tiles)::value, E>(), plan, args,
+                         stream);
       });
 }
 
@@ -94,5 +116,8 @@ void persistent_lstm_forward(const CudaPlan&, const PersistentForward&, const St
 void persistent_lstm_backward(const CudaPlan&, const PersistentBackward&, const Stream&);
 void persistent_gru_forward(const CudaPlan&, const PersistentForward&, const Stream&);
 void persistent_gru_backward(const CudaPlan&, const PersistentBackward&, const Stream&);
+void persistent_gru_reset_before_forward(const CudaPlan&, const PersistentForward&, const Stream&);
+void persistent_gru_reset_before_backward(const CudaPlan&, const PersistentBackward&,
+                                          const Stream&);
 
 }  // namespace rnn_ext::cuda

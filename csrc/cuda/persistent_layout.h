@@ -1,9 +1,9 @@
 // How a persistent block divides its registers and its shared memory: arithmetic that the planner
 // and the kernels share.
 //
-// A block multiplies its rows of U with an operand (h forward, delta backward). A row of the
-// operand is read in chunks of 64 bytes. A chunk of 16 weight rows, 1 KB, is a tile: what a warp
-// keeps in 8 registers a thread.
+// A block multiplies its rows of U with an operand (h forward, delta backward), once a step or, for
+// the reset-before GRU, twice. A row of the operand is read in chunks of 64 bytes. A chunk of 16
+// weight rows, 1 KB, is a tile: what a warp keeps in 8 registers a thread.
 #pragma once
 
 #ifdef __CUDACC__
@@ -33,14 +33,36 @@ RNN_EXT_SHARED_WITH_HOST constexpr int round_up(int n, int multiple) {
 // Rows of the batch in one pass over the weights: every thread then finishes one unit of one row.
 RNN_EXT_SHARED_WITH_HOST constexpr int pass_rows(int units) { return kBlockThreads / units; }
 
+// What a step multiplies, for each tile of units.
+struct StepProducts {
+  int row_tiles;  // tiles of weight rows
+  int sum_tiles;  // of the sums of a product: fewer where rows meet in one sum or multiply apart
+  int produced;   // numbers of an operand row, for each unit
+  int planes;     // rows of the operand for each row of the batch
+  int ring;       // kForwardRing or kBackwardRing
+};
+
+// One product: U h' forward, U^T delta backward. Reset-before GRU: U_rz h' and U_n (r h') forward,
+// U_n^T delta_n and U_r^T delta_r + U_z^T delta_z backward, whose two operands are planes.
+RNN_EXT_SHARED_WITH_HOST constexpr StepProducts step_products(int gates, bool reset_before,
+                                                              bool forward) {
+  if (reset_before) {
+    return forward ? StepProducts{3, 2, 1, 1, kForwardRing}
+                   : StepProducts{3, 1, 1, 2, kBackwardRing};
+  }
+  return forward ? StepProducts{gates, gates, 1, 1, kForwardRing}
+                 : StepProducts{1, 1, gates, 1, kBackwardRing};
+}
+
 struct BlockLayout {
-  int row_tiles;       // tiles of weight rows: gates * units / 16 forward, units / 16 backward
-  int produced_bytes;  // of an operand row that this block makes
-  int blocks;          // in the group
-  int producers;       // of them, with units of their own: a cluster may be larger than its layer
-  int rows;            // of the batch in a tile of it: a multiple of 8
+  int row_tiles, sum_tiles;  // of all units of the block
+  int produced_bytes;        // of an operand row that this block makes
+  int planes;
+  int blocks;     // in the group
+  int producers;  // of them, with units of their own: a cluster may be larger than its layer
+  int rows;       // of the batch in a tile of it: a multiple of 8
   int units;
-  int ring;  // kForwardRing or kBackwardRing
+  int ring;
   bool cluster;
 
   // Chunks of an operand row, in all and of each warp.
@@ -62,7 +84,7 @@ struct BlockLayout {
   RNN_EXT_SHARED_WITH_HOST int global_row_bytes() const { return kChunkBytes * chunks(); }
   // Partial sums [warp][column][row]: the padding keeps the four columns of a fragment in different
   // banks.
-  RNN_EXT_SHARED_WITH_HOST int partial_stride() const { return 16 * row_tiles + 4; }
+  RNN_EXT_SHARED_WITH_HOST int partial_stride() const { return 16 * sum_tiles + 4; }
 
   // Bytes and, below, places of each part of shared memory.
   RNN_EXT_SHARED_WITH_HOST int weight_bytes() const {
@@ -72,10 +94,11 @@ struct BlockLayout {
     return kWarps * columns() * partial_stride() * 4;
   }
   RNN_EXT_SHARED_WITH_HOST int operand_bytes() const {
-    return cluster ? 2 * rows * shared_row_bytes() : kWarps * ring * columns() * kChunkBytes;
+    return cluster ? 2 * planes * rows * shared_row_bytes()
+                   : kWarps * ring * columns() * kChunkBytes;
   }
   RNN_EXT_SHARED_WITH_HOST int outgoing_bytes() const {
-    return cluster ? columns() * produced_bytes : 0;
+    return cluster ? planes * columns() * produced_bytes : 0;
   }
   RNN_EXT_SHARED_WITH_HOST int state_bytes() const { return rows * units * 4; }  // one of two
 
@@ -90,11 +113,27 @@ struct BlockLayout {
 
   // Bytes of a group's part of the workspace: its operand twice, and a flag for each block.
   RNN_EXT_SHARED_WITH_HOST long exchange_bytes() const {
-    return cluster ? 0 : 2L * rows * global_row_bytes();
+    return cluster ? 0 : 2L * planes * rows * global_row_bytes();
   }
   RNN_EXT_SHARED_WITH_HOST int flag_bytes() const {
     return cluster ? 0 : round_up(blocks * 4, 128);
   }
 };
+
+RNN_EXT_SHARED_WITH_HOST constexpr BlockLayout block_layout(StepProducts products, int unit_tiles,
+                                                            int element_bytes, int hidden,
+                                                            int blocks, int rows, bool cluster) {
+  const int units = kUnitTile * unit_tiles;
+  return {products.row_tiles * unit_tiles,
+          products.sum_tiles * unit_tiles,
+          products.produced * units * element_bytes,
+          products.planes,
+          blocks,
+          (hidden + units - 1) / units,
+          rows,
+          units,
+          products.ring,
+          cluster};
+}
 
 }  // namespace rnn_ext::cuda

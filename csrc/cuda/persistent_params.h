@@ -35,16 +35,19 @@ struct ForwardDirection {
   int64_t gates_stride;
   void* h;  // S [N, H]
   int64_t h_stride;
-  void* middle;        // S [N, H], GRU when saving: U_n h' + b_rn; otherwise null
+  void*
+      middle;  // S [N, H], when saving: GRU's U_n h' + b_rn, reset-before GRU's r h' (0 in rows that
+               //   take no part); otherwise null
   float* cells;        // [N, H], LSTM: every c_t, or null
   const void* h0;      // S [B, H]
   const float* c0;     // [B, H], LSTM
   const bool* resets;  // [N], or null: true replaces the state that is carried into the row's step
   Restored restored;
-  const float* restored_product;  // [B, G*H] = restored.h U^T, or null: zeros
-  void* h_n;                      // S [B, H]
-  float* c_n;                     // [B, H], LSTM
-  bool reverse;                   // time runs from T - 1 to 0
+  // [B, G*H] = restored.h U^T, of reset-before GRU [B, 2*H]; or null: zeros
+  const float* restored_product;
+  void* h_n;     // S [B, H]
+  float* c_n;    // [B, H], LSTM
+  bool reverse;  // time runs from T - 1 to 0
 };
 
 struct PersistentForward {
@@ -56,7 +59,9 @@ struct PersistentForward {
 };
 
 struct BackwardDirection {
-  const void* weights;             // S [H, H*G]: column u * G + g of row j is U[g * H + u][j]
+  // S [H, H*G]: column u * G + g of row j is U[g * H + u][j]; reset-before GRU S [G*H, H]: column u
+  // of row g * H + j is U[g * H + u][j]
+  const void* weights;
   const void *gates, *middle, *h;  // as forward left them
   int64_t gates_stride, h_stride;
   const float* cells;

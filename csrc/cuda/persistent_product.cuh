@@ -139,31 +139,39 @@ class ResidentWeights {
   }
 
   // sum[m][n] += this warp's columns of U times its chunks of the operand, for `tiles` tiles of 8
-  // columns.
-  template <class Operand, int column_tiles>
-  RNN_EXT_DEVICE void multiply(Operand& operand, int tiles,
-                               float (&sum)[row_tiles][column_tiles][4]) {
+  // columns. Plane p of the operand meets the row tiles from first_tile + p * count on.
+  template <int first_tile, int planes, class Operand, int count, int column_tiles>
+  RNN_EXT_DEVICE void multiply(Operand& operand, int tiles, float (&sum)[count][column_tiles][4]) {
+    static_assert(first_tile + planes * count <= row_tiles);
     RNN_EXT_UNROLL
     for (int c = 0; c < kHeld; c++) {
       if (c < share_.count) {
-        uint4 b[column_tiles] = {};
-        operand.read(c, tiles, b);
         RNN_EXT_UNROLL
-        for (int m = 0; m < row_tiles; m++) multiply_tile(held_[c][m], b, tiles, sum[m]);
-        operand.advance(c, tiles);
+        for (int p = 0; p < planes; p++) {
+          uint4 b[column_tiles] = {};
+          operand.template read<planes>(c * planes + p, tiles, b);
+          RNN_EXT_UNROLL
+          for (int m = 0; m < count; m++)
+            multiply_tile(held_[c][first_tile + p * count + m], b, tiles, sum[m]);
+          operand.template advance<planes>(c * planes + p, tiles);
+        }
       }
     }
     for (int c = kHeld; c < share_.count; c++) {
-      uint4 b[column_tiles] = {};
-      operand.read(c, tiles, b);
       RNN_EXT_UNROLL
-      for (int m = 0; m < row_tiles; m++) {
-        const uint4 first = tile_at(c, m)[0], second = tile_at(c, m)[32];
-        const uint32_t tile[8] = {first.x,  first.y,  first.z,  first.w,
-                                  second.x, second.y, second.z, second.w};
-        multiply_tile(tile, b, tiles, sum[m]);
+      for (int p = 0; p < planes; p++) {
+        uint4 b[column_tiles] = {};
+        operand.template read<planes>(c * planes + p, tiles, b);
+        RNN_EXT_UNROLL
+        for (int m = 0; m < count; m++) {
+          const uint4* from = tile_at(c, first_tile + p * count + m);
+          const uint4 first = from[0], second = from[32];
+          const uint32_t tile[8] = {first.x,  first.y,  first.z,  first.w,
+                                    second.x, second.y, second.z, second.w};
+          multiply_tile(tile, b, tiles, sum[m]);
+        }
+        operand.template advance<planes>(c * planes + p, tiles);
       }
-      operand.advance(c, tiles);
     }
   }
 

@@ -55,7 +55,6 @@ double operations_rate(Numbers numbers) {  // of a matrix product, a microsecond
 const char* obstacle(const LayerShape& s, Pass pass, const DeviceLimits& d) {
   if (s.numbers == Numbers::kDouble) return "tensor cores have no float64 fit for it";
   if (s.projected) return "a projected LSTM multiplies twice a step";
-  if (s.cell == CellKind::kGruResetBefore) return "a reset-before GRU multiplies twice a step";
   if (s.zoneout) return "zoneout is in the step-wise kernels alone";
   if (s.norms && pass == Pass::kBackward) return "the norm of dL/dh_t is a sum over all blocks";
   if (d.major < 8) return "this GPU is older than compute capability 8.0";
@@ -67,17 +66,12 @@ const char* obstacle(const LayerShape& s, Pass pass, const DeviceLimits& d) {
   return nullptr;
 }
 
-BlockLayout block_layout(const LayerShape& s, Pass pass, int units, int blocks, bool cluster) {
-  const int gates = gates_of(s.cell), tiles = units / kUnitTile;
-  const bool forward = pass == Pass::kForward;
-  return {forward ? gates * tiles : tiles,
-          units * (forward ? 1 : gates) * element_bytes(s.numbers),
-          blocks,
-          static_cast<int>(divided_up(s.hidden, units)),
-          kColumnTile,
-          units,
-          forward ? kForwardRing : kBackwardRing,
-          cluster};
+bool reset_before(const LayerShape& s) { return s.cell == CellKind::kGruResetBefore; }
+
+BlockLayout layout_of(const LayerShape& s, Pass pass, int units, int blocks, bool cluster) {
+  return block_layout(step_products(gates_of(s.cell), reset_before(s), pass == Pass::kForward),
+                      units / kUnitTile, element_bytes(s.numbers), static_cast<int>(s.hidden),
+                      blocks, kColumnTile, cluster);
 }
 
 // The most rows of the batch that fit, 0 if not even one tile does.
@@ -94,14 +88,17 @@ struct Candidate {
 };
 
 double step_time(const LayerShape& s, const BlockLayout& layout) {
-  const int passes = static_cast<int>(divided_up(layout.rows, pass_rows(layout.units)));
+  const int exchanges = reset_before(s) ? 2 : 1;
+  const int operands = reset_before(s) ? layout.planes + 1 : 1;
+  const int passes = exchanges * static_cast<int>(divided_up(layout.rows, pass_rows(layout.units)));
   const double products = s.numbers == Numbers::kTf32x3 ? 3 : 1;
   const double tiles = static_cast<double>(layout.row_tiles) * layout.chunks();
   const double multiply = products * tiles * (layout.rows / kColumnTile) * kMmaTime;
   const double shared =
-      passes * (layout.weight_bytes() + 2.0 * layout.partial_bytes()) / kSharedRate;
-  const double gather = static_cast<double>(layout.rows) * layout.global_row_bytes() / kGatherRate;
-  return (layout.cluster ? kClusterSync : kFlagSync) + passes * kPassOverhead +
+      passes * (layout.weight_bytes() / exchanges + 2.0 * layout.partial_bytes()) / kSharedRate;
+  const double gather =
+      static_cast<double>(operands) * layout.rows * layout.global_row_bytes() / kGatherRate;
+  return exchanges * (layout.cluster ? kClusterSync : kFlagSync) + passes * kPassOverhead +
          std::max(multiply, shared) + gather;
 }
 
@@ -117,7 +114,7 @@ std::optional<Candidate> arrange(const LayerShape& s, Pass pass, const DeviceLim
   } else if (blocks < 2 || !d.cooperative || blocks * s.directions > d.sm_count) {
     return std::nullopt;
   }
-  BlockLayout layout = block_layout(s, pass, units, static_cast<int>(blocks), cluster);
+  BlockLayout layout = layout_of(s, pass, units, static_cast<int>(blocks), cluster);
   const int64_t most = most_rows(layout, d);
   if (most == 0) return std::nullopt;
 
@@ -157,7 +154,8 @@ double step_wise_time(const LayerShape& s, const DeviceLimits& d) {
   const double bytes =
       (4 * rows + hidden * s.directions) * gates * hidden * element_bytes(s.numbers);
   const double part = d.sm_count / 132.0;
-  return s.steps * (kLaunches + operations / (operations_rate(s.numbers) * part) +
+  const double launches = kLaunches * (reset_before(s) ? 2 : 1);
+  return s.steps * (launches + operations / (operations_rate(s.numbers) * part) +
                     bytes / (kMemoryRate * part));
 }
 

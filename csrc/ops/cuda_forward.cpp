@@ -35,7 +35,8 @@ class ForwardPass {
     if (l_.lstm) c_state_ = fresh(first_rows(*in.c0, batch), l_.wide);
     if (l_.lstm && keep_states) out_.saved.cells = at::empty(call.laid_out(l_.hidden), l_.wide);
     const bool made = l_.elman && in.hold_h && in.hold_h->dim() == 0;
-    if (l_.reset_before || l_.projected || ((l_.gru || made) && save))
+    if (l_.projected || (l_.reset_before && !persistent) ||
+        ((l_.gru || l_.reset_before || made) && save))
       middle_ = at::empty({save ? call.rows : batch, l_.hidden}, l_.stored);
     const Tensor h0 = first_rows(in.h0, batch);
     h_state_ = persistent ? at::empty(h0.sizes(), l_.stored) : fresh(h0, l_.stored);

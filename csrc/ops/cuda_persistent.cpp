@@ -143,8 +143,10 @@ void run_persistent(const cuda::CudaPlan& plan, const Call& call, const Optional
   for (size_t i = 0; i < loops.size(); i++) {
     const BackwardLoop& loop = loops[i];
     cuda::BackwardDirection& d = p.direction[i];
+    const Tensor w_hh = loop.in->w_hh.reshape({call.gates, hidden, hidden});
     held.push_back(
-        loop.in->w_hh.reshape({call.gates, hidden, hidden}).permute({2, 1, 0}).contiguous());
+        (call.kind == CellKind::kGruResetBefore ? w_hh.transpose(1, 2) : w_hh.permute({2, 1, 0}))
+            .contiguous());
     d.weights = data(held.back());
     held.push_back(loop.in->h0.contiguous());
     d.h0 = data(held.back());

@@ -25,7 +25,7 @@ struct ForwardLoop {
   Restored restored;
   OptionalTensor restored_product;  // float [B, G*H] = restored.h U^T
   OptionalTensor cells;             // float [N, H], LSTM when saving
-  OptionalTensor middle;            // S [N, H], GRU when saving
+  OptionalTensor middle;            // S [N, H], both GRUs when saving
   bool save;
 };
 

@@ -18,7 +18,6 @@ BACKENDS = ("cuda-step", "cuda-persistent", "auto") if ON_GPU else ("cpu", "auto
 DTYPES = (torch.float32, torch.float64, torch.bfloat16) + (torch.float16,) * ON_GPU
 # What the persistent kernels do not cover, and why.
 NOT_PERSISTENT = {
-    "gru_reset_before": "it needs two products a step",
     "lstm_projected": "it needs two products a step",
     torch.float64: "there are no tensor cores for it",
 }
@@ -63,10 +62,13 @@ def skip_too_large(backend, case, dtype):
     card = torch.cuda.get_device_properties(DEVICE)
     if (card.major, card.minor) >= LARGE[0] and card.multi_processor_count >= LARGE[1]:
         return
-    kind = {"lstm": "LSTM", "gru": "GRU"}.get(case.cell, "RNN")
+    kind = {"lstm": "LSTM", "gru": "GRU", "gru_reset_before": "GRU"}.get(case.cell, "RNN")
+    options = {"device": DEVICE, "dtype": dtype}
+    if case.cell == "gru_reset_before":
+        options["reset_after"] = False
     rows, hidden = case.tensors[3].shape[0], case.tensors[4].shape[1]
     assert rows == GATES.get(case.cell, 1) * hidden
-    module = getattr(rnn_ext, kind)(case.tensors[0].size(-1), hidden, device=DEVICE, dtype=dtype)
+    module = getattr(rnn_ext, kind)(case.tensors[0].size(-1), hidden, **options)
     x = case.tensors[0].to(DEVICE, dtype)
     if case.batch_sizes is not None:
         x = torch.nn.utils.rnn.PackedSequence(x, case.batch_sizes)

@@ -18,13 +18,9 @@ struct Arrangement {
 namespace {
 
 CudaPlan plan_of(const Arrangement& a, bool forward, const Sequences& sequences) {
-  const int produced =
-      a.units * (forward ? 1 : CELL::kGates) * static_cast<int>(sizeof(Format::Storage));
-  const int row_tiles = a.units / kUnitTile * (forward ? CELL::kGates : 1);
-  const int producers = (sequences.hidden + a.units - 1) / a.units,
-            ring = forward ? kForwardRing : kBackwardRing;
-  const BlockLayout layout{row_tiles, produced, a.blocks, producers,
-                           a.rows,    a.units,  ring,     a.cluster != 0};
+  const BlockLayout layout =
+      block_layout(step_products(CELL::kGates, kResetBefore<CELL>, forward), a.units / kUnitTile,
+                   sizeof(Format::Storage), sequences.hidden, a.blocks, a.rows, a.cluster != 0);
   CudaPlan plan{};
   plan.groups = a.groups;
   plan.blocks = a.blocks;
@@ -66,8 +62,8 @@ int64_t workspace_bytes(const Arrangement* a, int forward, const Sequences* sequ
 int forward(const Arrangement* a, const PersistentForward* p) {
   return cuda_on_cpu::entry([&] {
     with_kernel<kForwardRing>(*a, [&](auto tiles, auto exchange) {
-      const auto kernel = persistent_forward_kernel<CELL, Format, decltype(tiles)::value,
-                                                    typename decltype(exchange)::type>;
+      const auto kernel =
+          forward_kernel<CELL, Format, decltype(tiles)::value, typename decltype(exchange)::type>();
       start_persistent("forward", kernel, plan_of(*a, true, p->sequences), *p, Stream{0, nullptr});
     });
   });
@@ -76,8 +72,8 @@ int forward(const Arrangement* a, const PersistentForward* p) {
 int backward(const Arrangement* a, const PersistentBackward* p) {
   return cuda_on_cpu::entry([&] {
     with_kernel<kBackwardRing>(*a, [&](auto tiles, auto exchange) {
-      const auto kernel = persistent_backward_kernel<CELL, Format, decltype(tiles)::value,
-                                                     typename decltype(exchange)::type>;
+      const auto kernel = backward_kernel<CELL, Format, decltype(tiles)::value,
+                                          typename decltype(exchange)::type>();
       start_persistent("backward", kernel, plan_of(*a, false, p->sequences), *p,
                        Stream{0, nullptr});
     });
