@@ -127,10 +127,19 @@ def test_schedules(case, numbers):
     check(case, numbers, seeds=[(seed, 0) for seed in range(1, 7)])
 
 
-@pytest.mark.parametrize("cluster", [False, True])
-def test_weights_beyond_the_registers(cluster):
-    # Of 17 chunks of U a warp has 3 and keeps 2 in registers; backward 9 of 68, and keeps 8.
-    check(Case(steps=2, batch=2, hidden=272, units=32, cluster=cluster), "Tf32x3")
+@pytest.mark.parametrize(
+    "cell, hidden, cluster",
+    [
+        # Of 17 chunks of U a warp has 3 and keeps 2 in registers; backward 9 of 68, and keeps 8.
+        ("lstm", 272, False),
+        ("lstm", 272, True),
+        # Of 33 it has 5 and keeps 2; backward it reads 10 of two planes, 8 ahead. 32 in a cluster.
+        ("gru_reset_before", 528, False),
+        ("gru_reset_before", 500, True),
+    ],
+)
+def test_weights_beyond_the_registers(cell, hidden, cluster):
+    check(Case(cell, steps=2, batch=2, hidden=hidden, units=32, cluster=cluster), "Tf32x3")
 
 
 def test_h_may_replace_the_input_of_an_elman_network():
