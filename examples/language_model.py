@@ -59,7 +59,7 @@ def parse(arguments):
     kinds = ["element", "locked", "token"]
     help = "any units, the same at all steps of a window, or whole tokens"
     add("--dropout-kind", choices=kinds, default="locked", help=help)
-    add("--optimizer", choices=list(RATES), default="adam", help="--lr is 4e-3 or 4 by default")
+    add("--optimizer", choices=list(RATES), default="adam", help="with --lr 4e-3, or 4")
     add("--prefix", help="what the sample continues")
     add("--length", type=whole, default=400, help="tokens to sample, at most")
     add("--temperature", type=real, default=0.7, help="of the samples; 0: always the likeliest")
