@@ -46,9 +46,12 @@ class Hooks:
         gates: bool = False,
     ) -> None:
         self.directions: int = directions
-        self.training, self.residual, weight_dropout, variational_dropout, self.zoneout = options
-        self.weight_dropout: float = weight_dropout if self.training else 0.0
-        self.variational_dropout: float = variational_dropout if self.training else 0.0
+        training = options.training
+        self.training: bool = training
+        self.residual: bool = options.residual
+        self.zoneout: float = options.zoneout
+        self.weight_dropout: float = options.weight_dropout if training else 0.0
+        self.variational_dropout: float = options.variational_dropout if training else 0.0
         self.gates: bool = gates
         self.batch: int = 0
         self.sequences: Tensor | None = None
