@@ -44,7 +44,7 @@ def main():
     missing = list(untyped(report))
     print(*missing, sep="\n", end="\n" if missing else "")
     print(f"public names with known types: {100 * completeness['completenessScore']:.1f} %")
-    usage = run()
+    usage = run("--project", str(ROOT / "pyproject.toml"))  # and no file further up
     print(usage.stdout, end="")
     sys.exit(bool(missing) or usage.returncode)
 
