@@ -7,6 +7,9 @@
 namespace rnn_ext::cuda {
 namespace {
 
+// So many leave each thread 80 registers; without a number ptxas takes 64 and spills.
+constexpr int kBlocksPerMultiprocessor = 3;
+
 // What of dL/dh reaches the cell, and what goes past it to h'.
 template <class R>
 struct Reaching {
@@ -294,7 +297,7 @@ struct NormalizedGruResetBeforeBackward {
 // writes delta, delta_u, h' and what is left for the previous step (normalized.h). Parallel over
 // rows, and within a block over units.
 template <class S, class Cell, int phase>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kBlocksPerMultiprocessor)
     normalized_backward_kernel(const NormalizedBackward p) {
   typename Cell::Row row(p);
   if (row.row < p.rows.count) {
