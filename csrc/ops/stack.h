@@ -5,7 +5,7 @@
 
 namespace rnn_ext {
 
-// What torch.nn's layers have not: as RecurrentLayers (rnn_ext/modules.py) has it, 0 where it is
+// What torch.nn's layers have not: as RecurrentLayers (rnn_ext/layers.py) has it, 0 where it is
 // off. Masks are drawn in training alone; in evaluation zoneout is a share of every unit.
 struct StackOptions {
   bool training = false, residual = false;
