@@ -43,17 +43,17 @@ class ForwardPass {
       : call_(call), save_(save), kernels_(kernels) {
     const Sizes& s = call.sizes;
     if (save) out_.saved.isa = kernels_.name;
-    states_ = large_empty(call.laid_out(s.output), kDtype<value>);
+    states_ = uninitialized(call.laid_out(s.output), kDtype<value>);
     const bool lstm = call.kind == CellKind::kLstm;
-    if (lstm && save) out_.saved.cells = large_empty(call.laid_out(s.hidden), kDtype<real>);
+    if (lstm && save) out_.saved.cells = uninitialized(call.laid_out(s.hidden), kDtype<real>);
     if (lstm && !save) out_.c_n = running_cells<real>(call, in);
     if (save && options.keep_gates) {
       const long width = kernels_.gates_width(call.kind, s.hidden, sizeof(real));
-      if (width) out_.saved.gates = large_empty({call.rows, width}, kDtype<real>);
+      if (width) out_.saved.gates = uninitialized({call.rows, width}, kDtype<real>);
       // An Elman network's f(a) where its state has but a share of it
       const bool made = call.gates == 1 && in.hold_h && in.hold_h->dim() == 0;
       if (call.gates == 3 || in.w_hr || made)
-        out_.saved.middle = large_empty({call.rows, s.hidden}, kDtype<value>);
+        out_.saved.middle = uninitialized({call.rows, s.hidden}, kDtype<value>);
     }
     operands_.template inputs<value>(call, in, args_);
     args_.out = writable<value>(states_);
@@ -145,7 +145,7 @@ class BackwardPass {
       of_each.insert(of_each.end(), shape.begin(), shape.end());
       shape = of_each;
     }
-    out_[i] = call_.rows ? large_empty(shape, dtype) : at::zeros(shape, dtype);
+    out_[i] = call_.rows ? uninitialized(shape, dtype) : at::zeros(shape, dtype);
   }
 
   const Call& call_;

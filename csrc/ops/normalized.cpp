@@ -66,13 +66,13 @@ LayerOutputs forward(const Call& call, const Kernels& kernels, const LayerInputs
   const Sizes& s = call.sizes;
   const bool lstm = in.c0.has_value();
   LayerOutputs out;
-  const Tensor states = large_empty(call.laid_out(s.output), kDtype<value>);
+  const Tensor states = uninitialized(call.laid_out(s.output), kDtype<value>);
   if (save) {
     out.saved.isa = kernels.name;
-    if (lstm) out.saved.cells = large_empty(call.laid_out(s.hidden), kDtype<real>);
+    if (lstm) out.saved.cells = uninitialized(call.laid_out(s.hidden), kDtype<real>);
     const long width =
         kernels.record_width(call.kind, s.hidden, extras[0].has_value(), sizeof(real));
-    if (options.keep_gates) out.saved.gates = large_empty({call.rows, width}, kDtype<real>);
+    if (options.keep_gates) out.saved.gates = uninitialized({call.rows, width}, kDtype<real>);
   } else if (lstm) {
     out.c_n = running_cells<real>(call, in);
   }
@@ -108,7 +108,7 @@ NormalizedGradients backward(const Call& call, const Kernels& kernels, const Lay
     }
     const at::ScalarType dtype = i == 0 ? kDtype<value> : kDtype<real>;
     const bool all_written = call.rows && i != 1 && i != 2;
-    out[i] = all_written ? large_empty(like->sizes(), dtype) : at::zeros(like->sizes(), dtype);
+    out[i] = all_written ? uninitialized(like->sizes(), dtype) : at::zeros(like->sizes(), dtype);
   };
   for (int i = 0; i < kLayerInputs; i++) allocate(i, given[i]);
   for (int i = 0; i < kExtras; i++) allocate(kLayerInputs + i, extras[i]);

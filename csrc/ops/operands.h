@@ -7,8 +7,8 @@
 #include <span>
 
 #include "../cpu/problem.h"
-#include "../cpu/scratch.h"
 #include "call.h"
+#include "memory.h"
 
 namespace rnn_ext {
 
@@ -119,13 +119,6 @@ class Operands {
 
   std::vector<Tensor> held_;
 };
-
-// at::empty, on large pages where it is large.
-inline Tensor large_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  Tensor t = at::empty(sizes, dtype);
-  advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
-  return t;
-}
 
 // to = from; `to` is contiguous and of type T.
 template <class T>

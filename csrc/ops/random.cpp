@@ -1,7 +1,6 @@
 #include "random.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/randint.h>
 
 #include <cmath>
@@ -12,6 +11,7 @@
 #include "../cpu/dispatch.h"
 #include "cuda_layer.h"
 #include "cuda_random.h"
+#include "memory.h"
 #include "parallel.h"
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(RNN_EXT_EMULATED)
@@ -167,7 +167,7 @@ at::Tensor random_mask(int64_t seed, int64_t stream, const at::Tensor& steps,
       return cuda_random_mask(seed, stream, steps, rows, columns, threshold, values, dtype);
   TORCH_CHECK(steps.is_cpu(), "random_mask: this build has no kernels for device ", steps.device());
   const int64_t count = steps.size(0);
-  const at::Tensor result = at::empty({count, columns}, dtype);
+  const at::Tensor result = uninitialized({count, columns}, dtype);
   const at::Tensor step = steps.to(at::kLong).contiguous(), row = rows.to(at::kLong).contiguous();
   const int64_t *s = step.const_data_ptr<int64_t>(), *r = row.const_data_ptr<int64_t>();
   const Filling filling{words_of_isa(), static_cast<uint64_t>(seed), static_cast<uint32_t>(stream),
@@ -179,7 +179,7 @@ at::Tensor random_mask(int64_t seed, int64_t stream, const at::Tensor& steps,
 at::Tensor random_mask(int64_t seed, MaskPurpose purpose, int64_t layer, int64_t steps,
                        int64_t rows, int64_t columns, double p, MaskValues values,
                        at::ScalarType dtype) {
-  const at::Tensor result = at::empty({steps, rows, columns}, dtype);
+  const at::Tensor result = uninitialized({steps, rows, columns}, dtype);
   const auto stream = static_cast<uint32_t>(kStreamsOfLayer * layer + static_cast<int>(purpose));
   const double threshold = std::min<double>(std::nearbyint(p * 0x1p32), kWord);
   const Filling filling{words_of_isa(), static_cast<uint64_t>(seed), stream,

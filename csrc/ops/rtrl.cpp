@@ -6,7 +6,6 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/diag_embed.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
@@ -22,6 +21,7 @@
 #include "../cpu/dispatch.h"
 #include "../cpu/rtrl_problem.h"
 #include "../cpu/scratch.h"
+#include "memory.h"
 
 namespace rnn_ext {
 namespace {
@@ -271,11 +271,7 @@ std::tuple<Tensor, OptionalTensor> rtrl_influence(const RtrlLayer& layer, long b
                                                   bool diagonal) {
   const Layout layout(layer, batch);
   const at::ScalarType dtype = layer.w_hh.scalar_type();
-  const auto zeros = [&](at::IntArrayRef shape) {
-    const Tensor t = at::empty(shape, layer.w_hh.options());
-    advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
-    return t.zero_();
-  };
+  const auto zeros = [&](at::IntArrayRef shape) { return uninitialized(shape, dtype).zero_(); };
   OptionalTensor pending;
   if (!diagonal) pending = zeros({pending_size(layout, dtype)});
   return {zeros(influence_shape(layout, diagonal, dtype)), pending};

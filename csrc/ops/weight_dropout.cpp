@@ -2,10 +2,10 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "memory.h"
 #include "parallel.h"
 #include "training.h"
 
@@ -56,7 +56,7 @@ struct WeightDropout : torch::autograd::Function<WeightDropout> {
                         double kept) {
     ctx->save_for_backward({keep});
     ctx->saved_data["kept"] = kept;
-    const Tensor from = weight.contiguous(), out = at::empty_like(from);
+    const Tensor from = weight.contiguous(), out = uninitialized(from.sizes(), from.scalar_type());
     multiply(from, keep, kept, out);
     return out;
   }
@@ -67,7 +67,8 @@ struct WeightDropout : torch::autograd::Function<WeightDropout> {
     if (at::GradMode::is_enabled() || is_watched(d))
       return {at::mul(d, at::mul(keep.to(d.scalar_type()), kept)), {}, {}};
     const bool in_place = is_ours(d);
-    const Tensor from = d.contiguous(), out = in_place ? d : at::empty_like(from);
+    const Tensor from = d.contiguous(),
+                 out = in_place ? d : uninitialized(from.sizes(), from.scalar_type());
     multiply(from, keep, kept, out);
     return {out, {}, {}};
   }
