@@ -8,7 +8,7 @@
 
 #include "../cpu/problem.h"
 #include "call.h"
-#include "memory.h"
+#include "kept_memory.h"
 
 namespace rnn_ext {
 

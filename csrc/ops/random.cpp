@@ -11,7 +11,7 @@
 #include "../cpu/dispatch.h"
 #include "cuda_layer.h"
 #include "cuda_random.h"
-#include "memory.h"
+#include "kept_memory.h"
 #include "parallel.h"
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(RNN_EXT_EMULATED)

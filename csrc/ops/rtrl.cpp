@@ -21,7 +21,7 @@
 #include "../cpu/dispatch.h"
 #include "../cpu/rtrl_problem.h"
 #include "../cpu/scratch.h"
-#include "memory.h"
+#include "kept_memory.h"
 
 namespace rnn_ext {
 namespace {

@@ -5,7 +5,7 @@
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "memory.h"
+#include "kept_memory.h"
 #include "parallel.h"
 #include "training.h"
 

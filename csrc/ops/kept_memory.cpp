@@ -1,4 +1,4 @@
-#include "memory.h"
+#include "kept_memory.h"
 
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
