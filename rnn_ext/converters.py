@@ -19,7 +19,8 @@ library     LSTM                  GRU         layout
 torch, us   i, f, g, o            r, z, n     [G*H, I], [G*H, H], two biases
 Keras       i, f, c (our g), o    z, r, h     [I, G*H], [H, G*H], one bias; two of the GRU with
                                               ``reset_after=True``
-ONNX        i, o, f, c            z, r, h     [directions, G*H, I], both biases one after the other
+ONNX        i, o, f, c            z, r, h     [directions, G*H, I], both biases one after the other;
+                                              peepholes [directions, 3*H] of i, o, f
 haste       i, g, f, o            z, r, h     [I, G*H], [H, G*H], one bias of the LSTM, two of the
                                               GRU
 ==========  ====================  ==========  ======================================================
@@ -131,9 +132,11 @@ def to_keras(
     return weights
 
 
-def from_onnx(kind: str, weights: Sequence[Any], *, layer: int = 0) -> dict[str, Tensor]:
+def from_onnx(
+    kind: str, weights: Sequence[Any], *, layer: int = 0, peepholes: Any = None
+) -> dict[str, Tensor]:
     """The parameters of a layer, in both directions if there are two, from the inputs W, R and B of
-    ONNX's node.
+    ONNX's node, and of an LSTM with ``peephole=True`` P.
 
     Args:
         kind: "RNN", "LSTM" or "GRU", as the node is called.
@@ -141,6 +144,7 @@ def from_onnx(kind: str, weights: Sequence[Any], *, layer: int = 0) -> dict[str,
             2*G*H]. A node with direction "reverse" counts as forward: give it its input reversed in
             time.
         layer: which layer the names say.
+        peepholes: P [directions, 3*H] of i, o and f, or None; of the LSTM.
 
     Raises:
         ValueError: an unknown kind, or arrays that do not fit together (named).
@@ -159,6 +163,17 @@ def from_onnx(kind: str, weights: Sequence[Any], *, layer: int = 0) -> dict[str,
     for direction, (w, r, *b) in enumerate(zip(*arrays)):
         biases = np.split(b[0], 2) if b else (None, None)
         parameters |= _parameters("from_onnx", order, w, r, *biases, layer, bool(direction))
+    if peepholes is None:
+        return parameters
+    looks, shape = _array(peepholes), (len(arrays[1]), 3 * arrays[1].shape[-1])
+    if kind != "LSTM" or looks.shape != shape:
+        raise ValueError(
+            f"from_onnx: peepholes must be P [D, 3*H] of an LSTM, got {looks.shape} of {kind} with "
+            f"R {arrays[1].shape}"
+        )
+    for direction, p in enumerate(looks):
+        name = f"weight_peephole{_suffix(layer, bool(direction))}"
+        parameters[name] = torch.from_numpy(_reordered(p, (0, 2, 1)))
     return parameters
 
 

@@ -76,11 +76,12 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
         self,
         input: Any,
         hx: Any = None,
-        *,
+        # torch.onnx's exporter that traces passes every default by position and takes None as one,
+        # but no bool. Types (signatures.py) have these as keywords.
         lengths: Any = None,
         resets: Any = None,
         initial_state: Any = None,
-        return_gates: bool = False,
+        return_gates: bool | None = None,
     ) -> Any:
         """Runs the layers over a sequence.
 
@@ -113,7 +114,7 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
                 ValueError for ``lengths``, ``resets`` or ``initial_state`` that do not fit,
                 TypeError for ``resets`` that are no tensor.
         """
-        details = () if return_gates is False else self._details(gates=return_gates)
+        details = () if return_gates is None else self._details(gates=return_gates)
         results = self._run(input, hx, lengths, details, resets, initial_state)
         return self._shown(results, details)
 
@@ -271,9 +272,9 @@ class RecurrentLayers(WithLengths, ExtendedLayers):
             raise RuntimeError(
                 f"{name}: ONNX's layers know no resets; export one episode at a time"
             )
-        if self._whole_rows:
+        if self.layer_norm:
             raise RuntimeError(
-                f"{name}: ONNX's layers have no {self._option_words[-1]}; export a layer without it"
+                f"{name}: ONNX's layers have no layer_norm=True; export a layer without it"
             )
         if self.zoneout or (self.training and (self.weight_dropout or self.variational_dropout)):
             raise RuntimeError(

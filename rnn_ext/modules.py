@@ -160,12 +160,11 @@ class LSTM(RecurrentLayers):
         self,
         input,
         hx=None,
-        *,
         lengths=None,
         resets=None,
         initial_state=None,
-        return_cells=False,
-        return_gates=False,
+        return_cells=None,
+        return_gates=None,
     ):
         """Runs the layers over a sequence.
 
@@ -184,7 +183,7 @@ class LSTM(RecurrentLayers):
             ValueError, RuntimeError: as `RecurrentLayers.forward`.
         """
         details = ()
-        if return_cells is not False or return_gates is not False:
+        if return_cells is not None or return_gates is not None:
             details = self._details(cells=return_cells, gates=return_gates)
         results = self._run(input, hx, lengths, details, resets, initial_state)
         return self._shown(results, details)

@@ -2,8 +2,8 @@
 GRU, one for each layer.
 
 ONNX's gates stand in another order, i, o, f, g and z, r, n, and its equations are torch.nn's; its
-GRU has both forms (``linear_before_reset``). https://onnx.ai/onnx/operators lists what each node
-computes.
+GRU has both forms (``linear_before_reset``) and its LSTM has peepholes.
+https://onnx.ai/onnx/operators lists what each node computes.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,8 @@ def layers(
         x: [T, B, I].
         states: h_0 and of the LSTM c_0, each a list with [directions, B, H] of each layer, or none
             of them.
-        weights: (w_ih, w_hh, b_ih, b_hh, w_hr) of each layer and direction.
+        weights: (w_ih, w_hh, b_ih, b_hh, w_hr) of each layer and direction, and with peepholes five
+            more, the last of them [3*H] of i, f and o.
         widths: hidden units of each layer.
         lengths: [B] integers, or None.
         hooks: what adds residual links.
@@ -94,7 +95,11 @@ def _layer(cell, x, states, weights, hidden, lengths):
         for tensors in list(zip(*weights))[:4]
     )
     biases = None if b_ih is None else torch.cat((b_ih, b_hh), 1)
-    inputs = [x, w_ih, w_hh, biases, lengths, *states]
+    peepholes = None
+    if len(weights[0]) > 5:
+        i, f, o = torch.stack([tensors[-1] for tensors in weights]).chunk(3, 1)
+        peepholes = torch.cat((i, o, f), 1)
+    inputs = [x, w_ih, w_hh, biases, lengths, *(states or (None, None)), peepholes]
     while inputs[-1] is None:
         inputs.pop()
     attributes = {

@@ -245,12 +245,11 @@ class QuantizedLayers(WithLengths, WithStates, torch.nn.Module):
         self,
         input: Any,
         hx: Any = None,
-        *,
         lengths: Any = None,
         resets: Any = None,
         initial_state: Any = None,
-        return_cells: bool = False,
-        return_gates: bool = False,
+        return_cells: bool | None = None,
+        return_gates: bool | None = None,
     ) -> Any:
         """As the float layer's, in float32 on the CPU.
 

@@ -92,37 +92,52 @@ def test_layers_and_directions_of_keras():
     assert all(torch.equal(collected[name], value) for name, value in layer.state_dict().items())
 
 
-@pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("kind", GATES)
-def test_onnx_runs_the_same(kind, directions):
+def arrays_of_onnx(kind="LSTM", directions=1):
+    """W, R and B."""
     rows = GATES[kind] * H
     shapes = (directions, rows, I), (directions, rows, H), (directions, 2 * rows)
-    w, r, b = (random(*shape).astype(np.float32) for shape in shapes)
+    return [random(*shape).astype(np.float32) for shape in shapes]
+
+
+def run_node(kind, x, arrays, **attributes):
+    """What onnxruntime makes of [T, B, I] with a node's arrays by name, [T, B, directions * H]."""
+    inputs = ["x", "W", "R", "B", *("", "", "", "P")[: 4 * ("P" in arrays)]]
+    node = onnx.helper.make_node(kind, inputs, ["y"], hidden_size=H, **attributes)
+    graph = onnx.helper.make_graph(
+        [node],
+        "layer",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, x.shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8
+    )
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (y,) = session.run(None, {"x": x})  # [T, directions, B, H]
+    return y.transpose(0, 2, 1, 3).reshape(T, B, -1)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("kind", [*GATES, "peephole LSTM"])
+def test_onnx_runs_the_same(kind, directions):
+    peephole, kind = kind == "peephole LSTM", kind.split()[-1]
+    w, r, b = arrays_of_onnx(kind, directions)
+    p = random(directions, 3 * H).astype(np.float32) if peephole else None
     x = random(T, B, I).astype(np.float32)
     attributes = {"direction": "bidirectional"} if directions == 2 else {}
     for before in (0, 1) if kind == "GRU" else (None,):
         if before is not None:
             attributes["linear_before_reset"] = before
-        node = onnx.helper.make_node(kind, ["x", "W", "R", "B"], ["y"], hidden_size=H, **attributes)
-        graph = onnx.helper.make_graph(
-            [node],
-            "layer",
-            [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, x.shape)],
-            [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
-            [onnx.numpy_helper.from_array(a, n) for a, n in ((w, "W"), (r, "R"), (b, "B"))],
-        )
-        model = onnx.helper.make_model(
-            graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8
-        )
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
-        (y,) = session.run(None, {"x": x})  # [T, directions, B, H]
+        arrays = {"W": w, "R": r, "B": b} | ({"P": p} if peephole else {})
+        expected = run_node(kind, x, arrays, **attributes)
         options = {"reset_after": bool(before)} if kind == "GRU" else {}
+        options |= {"peephole": True} if peephole else {}
         layer = getattr(rnn_ext, kind)(I, H, bidirectional=directions == 2, **options)
-        layer.load_state_dict(from_onnx(kind, [w, r, b]))
+        layer.load_state_dict(from_onnx(kind, [w, r, b], peepholes=p))
         found = layer(torch.from_numpy(x))[0].detach().numpy()
-        expected = y.transpose(0, 2, 1, 3).reshape(T, B, -1)
         np.testing.assert_allclose(found, expected, atol=1e-5)
     without = from_onnx(kind, [w, r, None], layer=3)
     assert set(without) == {
@@ -193,6 +208,14 @@ def test_haste(kind):
         (
             lambda: from_onnx("RNN", [np.zeros((1, 5, 3)), np.zeros((2, 5, 5))]),
             "all have one direction",
+        ),
+        (
+            lambda: from_onnx("LSTM", arrays_of_onnx(), peepholes=np.zeros((1, 20))),
+            r"peepholes must be P \[D, 3\*H\] of an LSTM, got \(1, 20\) of LSTM",
+        ),
+        (
+            lambda: from_onnx("RNN", [np.zeros((1, 5, 3)), np.zeros((1, 5, 5))], peepholes=[[0]]),
+            "of an LSTM, got .* of RNN",
         ),
         (lambda: from_haste("GRU", {"kernel": np.zeros((3, 15))}), "state has no recurrent_kernel"),
         (lambda: from_haste("RNN", {}), "kind must be one of LSTM, GRU"),

@@ -99,6 +99,7 @@ def every_layer():
         sigmoid=rnn_ext.RNN(4, 5, nonlinearity="sigmoid", bidirectional=True),
         lstm=rnn_ext.LSTM(4, 5, **both),
         lstm_without_bias=rnn_ext.LSTM(4, 5, bias=False),
+        lstm_with_peepholes=rnn_ext.LSTM(4, 5, bidirectional=True, peephole=True),
         gru=rnn_ext.GRU(4, 5, **both),
         gru_reset_before=rnn_ext.GRU(4, 5, 2, reset_after=False),
     )
@@ -111,6 +112,7 @@ LAYER_NODES = [
     ("RNN", b"bidirectional", [b"Sigmoid", b"Sigmoid"], None),
     *[("LSTM", b"bidirectional", None, None)] * 2,
     ("LSTM", b"forward", None, None),
+    ("LSTM", b"bidirectional", None, None),
     *[("GRU", b"bidirectional", None, 1)] * 2,
     *[("GRU", b"forward", None, 0)] * 2,
 ]
@@ -127,6 +129,12 @@ def test_layers_are_the_nodes_of_onnx(export, given):
     keys = ("direction", "activations", "linear_before_reset")
     assert [(name, *map(a.get, keys)) for name, a in nodes(proto)] == LAYER_NODES
     assert_runs_the_same(proto, model, arguments)
+
+
+@pytest.mark.parametrize("cls", [rnn_ext.RNN, rnn_ext.LSTM, rnn_ext.GRU])
+def test_a_layer_by_itself(export, cls):
+    model, x = cls(4, 5).eval(), torch.randn(6, 3, 4)
+    assert_runs_the_same(export(model, (x,)), model, (x,))
 
 
 def test_cells_are_nodes_of_one_step(export):
@@ -182,18 +190,21 @@ def test_a_sequence_without_a_batch(export):
     "make, message",
     [
         (lambda: rnn_ext.LSTM(4, 5, proj_size=3), "LSTM: ONNX's LSTM has no projection"),
+        (lambda: rnn_ext.GRU(4, 5, layer_norm=True), "GRU: ONNX's layers have no layer_norm=True"),
+        (lambda: rnn_ext.LSTM(4, 5, zoneout=0.1), "LSTM: ONNX has no zoneout"),
         (lambda: ReturnsCells(), "LSTM: ONNX's LSTM does not give every cell state"),
         (
             lambda: rnn_ext.quantize_weights(rnn_ext.LSTM(4, 5), "int8"),
             "QuantizedLSTM: .*ONNX has no such weights",
         ),
     ],
-    ids=["projection", "return_cells", "quantized"],
+    ids=["projection", "layer_norm", "zoneout", "return_cells", "quantized"],
 )
 def test_what_onnx_has_not_is_refused(export, make, message):
-    model, x = torch.nn.Sequential(make()).eval(), torch.randn(6, 3, 4)
-    with torch.no_grad(), pytest.raises(Exception, match=message):
-        export(model, (x,))
+    x = torch.randn(6, 3, 4)
+    for model in (make(), torch.nn.Sequential(make())):
+        with torch.no_grad(), pytest.raises(Exception, match=message):
+            export(model.eval(), (x,))
 
 
 class ReturnsCells(torch.nn.Module):
