@@ -5,10 +5,11 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <c10/util/accumulate.h>
 
 #include <bit>
+#include <cstddef>
 #include <cstring>
-#include <limits>
 #include <mutex>
 #include <vector>
 

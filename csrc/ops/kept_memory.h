@@ -8,8 +8,8 @@ namespace rnn_ext {
 // another one of these tensors has just given up; else it is new, on large pages where it is large.
 //
 // Every step of a training takes the same sizes and frees them again. In between the C library hands
-// memory back to the system and then takes it anew, page by page, each of them cleared first: that
-// was up to a fifth of a step. So blocks of 16 KiB to 16 MiB are kept when they are freed, 64 MiB of
+// memory back to the system and then takes it anew, page by page, each of them cleared first
+// (docs/performance.md, the log). So blocks of 16 KiB to 16 MiB are kept when they are freed, 64 MiB of
 // them in all threads together; beyond that the one free for longest goes.
 at::Tensor uninitialized(at::IntArrayRef sizes, at::ScalarType dtype);
 
